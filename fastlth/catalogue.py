@@ -1,0 +1,62 @@
+"""Facts about the data sets and the names of the models, known without importing torch.
+
+Sizes are needed before any file is read: epochs become iterations before a recipe gets its digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastlth.errors import RecipeError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """What is fixed about a data set. ``mean`` and ``std`` are of the training images in [0, 1]."""
+
+    shape: tuple[int, int, int]
+    """(channels, height, width)"""
+    classes: int
+    train: int
+    """training images, the held-out ones included"""
+    test: int
+    validation: int
+    """images held out of ``train`` by default (Frankle & Carbin, Figure 2: 5,000)"""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+DATASETS: dict[str, DatasetFacts] = {
+    "mnist": DatasetFacts(
+        shape=(1, 28, 28), classes=10, train=60_000, test=10_000, validation=5_000,
+        mean=(0.1307,), std=(0.3081,),
+    ),
+    "cifar-10": DatasetFacts(
+        shape=(3, 32, 32), classes=10, train=50_000, test=10_000, validation=5_000,
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+    ),
+    # 1,797 handwritten digits that ship inside scikit-learn; every fifth one is a test image.
+    "digits": DatasetFacts(
+        shape=(1, 8, 8), classes=10, train=1_437, test=360, validation=200,
+        mean=(0.3053,), std=(0.3760,),
+    ),
+}  # fmt: skip
+
+DATASET_ALIASES = {"cifar10": "cifar-10"}
+
+MODELS = ("lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg19")
+
+
+def dataset_name(name: str) -> str:
+    """Canonical name of a data set. Raises RecipeError for an unknown one."""
+    canonical = DATASET_ALIASES.get(name, name)
+    if canonical not in DATASETS:
+        raise RecipeError(unknown("dataset", name, DATASETS))
+    return canonical
+
+
+def model_name(name: str) -> str:
+    """The name itself if there is such a model. Raises RecipeError otherwise."""
+    if name not in MODELS:
+        raise RecipeError(unknown("model", name, MODELS))
+    return name

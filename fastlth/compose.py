@@ -1,0 +1,202 @@
+"""From what a person asks for to a Recipe: preset < config file < ``--set`` < flag.
+
+Durations may be written ``500it`` or ``2ep``; epochs become iterations here, before the recipe gets
+its digest. A changed ``train.iterations`` scales a preset's warm-up and milestones in proportion.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastlth.catalogue import DATASETS, dataset_name, model_name
+from fastlth.errors import RecipeError, unknown
+from fastlth.recipe import SECTIONS, Recipe, TrainSection
+
+Layer = dict[str, dict[str, Any]]
+
+PRESETS = ("paper", "lecode", "fast")
+
+# What a preset-less pair must be given, and the flags that give it.
+_NEEDED = {
+    "iterations": "--iterations (or --epochs)",
+    "batch_size": "--batch-size",
+    "lr": "--lr",
+}
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A recipe and what the header should say about it."""
+
+    recipe: Recipe
+    preset: str | None
+    verified: bool
+    """whether docs/results shows a winning ticket found with this preset as it is"""
+    notes: tuple[str, ...]
+
+
+def preset_table(preset: str) -> dict[str, Layer]:
+    """All pairs one preset covers: "model dataset" -> settings."""
+    if preset not in PRESETS:
+        raise RecipeError(unknown("preset", preset, PRESETS))
+    text = (resources.files("fastlth") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def presets_for(model: str, dataset: str) -> list[str]:
+    """Names of the presets that cover a pair, the default one first."""
+    return [p for p in ("paper", "fast", "lecode") if f"{model} {dataset}" in preset_table(p)]
+
+
+def compose(
+    model: str,
+    dataset: str,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Composed:
+    """The recipe for a model and a data set.
+
+    ``settings`` maps ``section.field`` to a value (flags and ``--set``). Without ``preset`` it is
+    ``paper`` where that covers the pair, else ``fast``, else none, and then iterations, batch size
+    and learning rate must be given. Raises RecipeError for anything that is not allowed.
+    """
+    model, dataset = model_name(model), dataset_name(dataset)
+    asked = _overlay(_read_config(config), _layer(settings or {}))
+    _same_pair(asked, model, dataset)
+    preset = _default_preset(model, dataset, preset)
+    base = _preset_layer(model, dataset, preset)
+    verified = bool(base.pop("verified", False))
+    named: Layer = {"model": {"name": model}, "data": {"name": dataset}}
+    missing = [flag for key, flag in _NEEDED.items() if key not in {**base.get("train", {}), **asked.get("train", {})}]
+    if missing:
+        raise RecipeError(f"no preset covers {model} on {dataset}; give {', '.join(missing)}")
+    before = _in_iterations(_overlay(named, base)) if base else {}
+    merged = _in_iterations(_overlay(_overlay(named, base), asked))
+    notes = _scale_schedule(merged, before, asked)
+    return Composed(Recipe.from_dict(merged), preset, verified and not asked, tuple(notes))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``section.field=value`` from a ``--set``; the value is TOML, or a bare word."""
+    key, found, value = text.partition("=")
+    if not found or "." not in key:
+        raise RecipeError(f"--set takes section.field=value (for example prune.rate=0.3), got '{text}'")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _default_preset(model: str, dataset: str, preset: str | None) -> str | None:
+    covering = presets_for(model, dataset)
+    if preset is None:
+        return next((p for p in covering if p != "lecode"), None)
+    if f"{model} {dataset}" not in preset_table(preset):
+        others = f"use --preset {' or '.join(covering)}" if covering else "give the settings without --preset"
+        raise RecipeError(f"preset '{preset}' does not cover {model} on {dataset}; {others}")
+    return preset
+
+
+def _preset_layer(model: str, dataset: str, preset: str | None) -> dict[str, Any]:
+    return deepcopy(preset_table(preset)[f"{model} {dataset}"]) if preset else {}
+
+
+def _read_config(path: Path | None) -> Layer:
+    if path is None:
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read --config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--config {path} is not TOML: {error}") from error
+    tables.pop("resolved", None)  # a run's own recipe.toml works as a config
+    loose = [k for k, v in tables.items() if not isinstance(v, dict)]
+    if loose:
+        raise RecipeError(f"--config {path}: '{loose[0]}' stands outside a section; put it under [section]")
+    return tables
+
+
+def _layer(settings: Mapping[str, Any]) -> Layer:
+    layer: Layer = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        name, _, pattern = name.partition(".")
+        if section not in SECTIONS:
+            raise RecipeError(unknown("section", section, SECTIONS))
+        values = layer.setdefault(section, {})
+        if pattern:  # prune.scale.output=0.5
+            values.setdefault(name, {})[pattern] = value
+        else:
+            values[name] = value
+    return layer
+
+
+def _overlay(below: Mapping[str, Mapping[str, Any]], above: Mapping[str, Mapping[str, Any]]) -> Layer:
+    return {s: {**below.get(s, {}), **above.get(s, {})} for s in {**below, **above}}
+
+
+def _same_pair(asked: Layer, model: str, dataset: str) -> None:
+    for section, name in (("model", model), ("data", dataset)):
+        given = asked.get(section, {}).get("name", name)
+        if given not in (name, *(a for a in DATASETS if a == given == name)):
+            raise RecipeError(f"{section}.name is {given!r} in the settings but '{name}' on the command line; make them agree")
+
+
+def _in_iterations(layer: Layer) -> Layer:
+    """Replace durations like "2ep" and "500it" by whole iterations."""
+    train = {"iterations": 1, **layer.get("train", {})}
+    data = Recipe.from_dict({"model": layer["model"], "data": layer["data"],
+                             "train": {**train, "iterations": 1}}).data  # fmt: skip
+    known = {k: v for k, v in train.items() if k in TrainSection.__dataclass_fields__}
+    per_epoch = TrainSection(**{**known, "iterations": 1}).iterations_per_epoch(data.train_images)
+
+    def convert(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(name, v) for v in value]
+        return _iterations(name, value, per_epoch) if isinstance(value, str) else value
+
+    out = deepcopy(layer)
+    for section, key in (("train", "iterations"), ("schedule", "warmup"),
+                         ("schedule", "milestones"), ("prune", "rewind_to")):  # fmt: skip
+        if key in out.get(section, {}):
+            out[section][key] = convert(f"{section}.{key}", out[section][key])
+    return out
+
+
+def _iterations(name: str, text: str, per_epoch: int) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(it|ep)?", text.strip())
+    if match is None or (match[2] != "ep" and "." in match[1]):
+        raise RecipeError(f"{name} must be iterations (500, 500it) or epochs (2ep), got {text!r}")
+    return round(Fraction(match[1]) * (per_epoch if match[2] == "ep" else 1))
+
+
+def _scale_schedule(merged: Layer, before: Layer, asked: Layer) -> Iterable[str]:
+    """Scale the preset's warm-up and milestones to the iterations asked for; a note for each."""
+    old = before.get("train", {}).get("iterations")
+    new = merged["train"]["iterations"]
+    schedule = merged.setdefault("schedule", {})
+    if not isinstance(old, int) or not isinstance(new, int) or old == new or schedule.get("scale") is False:
+        return []
+    notes = []
+    for key in ("warmup", "milestones"):
+        preset = before.get("schedule", {}).get(key)
+        if preset and key not in asked.get("schedule", {}):
+            scaled = round(Fraction(preset * new, old)) if isinstance(preset, int) else _spread(preset, new, old)
+            schedule[key] = scaled
+            notes.append(f"schedule.{key} {preset} -> {scaled}, scaled with train.iterations {old} -> {new}")
+    return notes
+
+
+def _spread(milestones: list[int], new: int, old: int) -> list[int]:
+    return sorted({max(1, round(Fraction(m * new, old))) for m in milestones})

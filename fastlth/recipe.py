@@ -1,0 +1,338 @@
+"""Recipe: every setting of a search, frozen and validated; its digest names the run.
+
+One section per dataclass, one field per setting, `section.field` is its name everywhere: in TOML
+files, in ``--set`` and in error messages. ``fastlth/compose.py`` builds recipes from presets,
+files and flags; nothing else in the project reads settings from anywhere but here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from fractions import Fraction
+from typing import Any
+
+from fastlth.catalogue import DATASETS, dataset_name, model_name
+from fastlth.errors import RecipeError, unknown
+
+STREAMS = {"init": 1, "split": 2, "order": 3, "augment": 4, "prune": 5}  # Philox key word 1; never renumber
+LAST_ROUND = 254  # pruned_at is one byte: 0 = alive, k = removed in round k, 255 reserved
+
+
+def exact(value: float) -> Fraction:
+    """The decimal a person wrote, exactly: 0.1 is 1/10, not the nearest binary fraction."""
+    return Fraction(repr(value))
+
+
+def _check(name: str, ok: bool, rule: str, value: object) -> None:
+    if not ok:
+        raise RecipeError(f"{name} must {rule}, got {value!r}")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RecipeError(unknown(name, value, allowed))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    name: str
+    batch_norm: bool = False
+    """batch norm after every convolution of lenet-5 and conv-n (vgg19 always has it)"""
+    bias_init: str = "zero"
+    """zero (the papers) or uniform in +-1/sqrt(fan_in) (lecode)"""
+
+    def __post_init__(self) -> None:
+        model_name(self.name)
+        _choice("model.bias_init", self.bias_init, ("zero", "uniform"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    name: str
+    validation: int = -1
+    """training images held out, drawn by seed; -1: the data set's default"""
+    normalise: str = "mean-std"
+    """mean-std (per channel), unit (pixels / 255) or half (pixels / 127.5 - 1)"""
+    augment: str = "none"
+    """none, flip-crop (random flip, 4-pixel pad and crop) or lecode (colour, flip)"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", dataset_name(self.name))
+        facts = DATASETS[self.name]
+        if self.validation == -1:
+            object.__setattr__(self, "validation", facts.validation)
+        _check("data.validation", 0 < self.validation < facts.train,
+               f"leave images to train on and to validate on (1 to {facts.train - 1})",
+               self.validation)  # fmt: skip
+        _choice("data.normalise", self.normalise, ("mean-std", "unit", "half"))
+        _choice("data.augment", self.augment, ("none", "flip-crop", "lecode"))
+        _check("data.augment", self.augment != "lecode" or facts.shape[0] == 3,
+               "be none or flip-crop for images without colour", self.augment)  # fmt: skip
+
+    @property
+    def train_images(self) -> int:
+        """Images a net is trained on: all training images but the held-out ones."""
+        return DATASETS[self.name].train - self.validation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    iterations: int
+    batch_size: int
+    lr: float
+    optimizer: str = "adam"
+    """adam, adamw or sgd"""
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    """added to the gradient (adam, sgd) or decoupled (adamw)"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    drop_last: bool = True
+    """leave out the last, smaller batch of an epoch"""
+
+    def __post_init__(self) -> None:
+        _check("train.iterations", self.iterations >= 1, "be at least 1", self.iterations)
+        _check("train.batch_size", self.batch_size >= 1, "be at least 1", self.batch_size)
+        _check("train.lr", 0 < self.lr < float("inf"), "be greater than 0", self.lr)
+        _choice("train.optimizer", self.optimizer, ("adam", "adamw", "sgd"))
+        _check("train.momentum", 0 <= self.momentum < 1, "be in [0, 1)", self.momentum)
+        _check("train.momentum", self.momentum == 0 or self.optimizer == "sgd",
+               f"be 0 with optimizer {self.optimizer}, which has betas", self.momentum)  # fmt: skip
+        _check("train.nesterov", not self.nesterov or self.momentum > 0,
+               "be false without train.momentum", self.nesterov)  # fmt: skip
+        _check("train.weight_decay", 0 <= self.weight_decay < float("inf"),
+               "be at least 0", self.weight_decay)  # fmt: skip
+        _check("train.betas", all(0 <= b < 1 for b in self.betas), "be in [0, 1)", self.betas)
+        _check("train.eps", 0 < self.eps < 1, "be in (0, 1)", self.eps)
+
+    def iterations_per_epoch(self, images: int) -> int:
+        """Batches in one pass over ``images`` training images."""
+        full, rest = divmod(images, self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScheduleSection:
+    warmup: int = 0
+    """iterations over which the learning rate rises linearly from 0: lr(i) = lr * i / warmup"""
+    milestones: tuple[int, ...] = ()
+    """iterations at which the learning rate is multiplied by gamma"""
+    gamma: float = 0.1
+    scale: bool = True
+    """scale warm-up and milestones of a preset with --iterations"""
+
+    def __post_init__(self) -> None:
+        _check("schedule.warmup", self.warmup >= 0, "be at least 0", self.warmup)
+        _check("schedule.milestones",
+               list(self.milestones) == sorted(set(self.milestones)) and min((1, *self.milestones)) > 0,
+               "be increasing and positive", list(self.milestones))  # fmt: skip
+        _check("schedule.gamma", 0 < self.gamma <= 1, "be in (0, 1]", self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneSection:
+    rounds: int = 20
+    to_density: float | None = None
+    """stop at the first round whose density is at or below this"""
+    rate: float = 0.2
+    """share of the kept weights removed per round"""
+    scale: dict[str, float] = field(default_factory=dict)
+    """layer pattern -> factor on rate, first match wins (output = 0.5: half the rate; 0: never)"""
+    scope: str = "layer"
+    """layer (each layer loses its share) or global (one ranking over all)"""
+    criterion: str = "large_final"
+    """large_final (alias magnitude): keep the weights that are largest after training"""
+    rewind_to: int = 0
+    """the iteration whose weights the survivors return to"""
+
+    def __post_init__(self) -> None:
+        if self.criterion == "magnitude":
+            object.__setattr__(self, "criterion", "large_final")
+        _check("prune.rounds", 0 <= self.rounds <= LAST_ROUND, f"be in 0 to {LAST_ROUND}", self.rounds)
+        _check("prune.to_density", self.to_density is None or 0 < self.to_density < 1,
+               "be in (0, 1)", self.to_density)  # fmt: skip
+        _check("prune.rate", 0 < self.rate < 1, "be in (0, 1), the share removed per round", self.rate)
+        for pattern, factor in self.scale.items():
+            _check(f"prune.scale.{pattern}", 0 <= factor and exact(factor) * exact(self.rate) < 1,
+                   f"be at least 0 and, times prune.rate {self.rate}, below 1", factor)  # fmt: skip
+        _choice("prune.scope", self.scope, ("layer", "global"))
+        _choice("prune.criterion", self.criterion, ("large_final",))
+        _check("prune.rewind_to", self.rewind_to >= 0, "be at least 0", self.rewind_to)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateSection:
+    every: int = 100
+    """iterations between evaluations (and always one at the last iteration)"""
+    test: str = "minimum"
+    """when the test set is read: at a new minimum of the validation loss, or always"""
+
+    def __post_init__(self) -> None:
+        _check("evaluate.every", self.every >= 1, "be at least 1", self.every)
+        _choice("evaluate.test", self.test, ("minimum", "always"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedsSection:
+    base: int = 0
+    """--seed: every stream below derives from it unless set singly"""
+    init: int | None = None
+    split: int | None = None
+    order: int | None = None
+    augment: int | None = None
+    prune: int | None = None
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _check(f"seeds.{f.name}", value is None or 0 <= value < 2**32, "be in 0 to 2**32 - 1", value)
+
+    def key(self, stream: str) -> tuple[int, int]:
+        """The Philox key of one stream of ``STREAMS``: (its seed, its number)."""
+        own = getattr(self, stream)
+        return (self.base if own is None else int(own), STREAMS[stream])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComputeSection:
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps"""
+    precision: str = "auto"
+    """auto, fp32 or bf16 (autocast; weights and updates stay fp32)"""
+    compile: str = "auto"
+    """auto, on or off: torch.compile of the forward and backward pass"""
+    channels_last: str = "auto"
+    """auto, on or off"""
+    loader: str = "auto"
+    """auto, resident (the set lives on the device) or ffcv (streamed)"""
+    engine: str = "auto"
+    """auto or dense"""
+    threads: int = 0
+    """CPU threads; 0: as many as torch finds"""
+
+    def __post_init__(self) -> None:
+        kind, _, index = self.device.partition(":")
+        _check("compute.device",
+               kind in ("auto", "cpu", "cuda", "mps") and (not index or (kind == "cuda" and index.isdigit())),
+               "be auto, cpu, cuda, cuda:N or mps", self.device)  # fmt: skip
+        _choice("compute.precision", self.precision, ("auto", "fp32", "bf16"))
+        _choice("compute.compile", self.compile, ("auto", "on", "off"))
+        _choice("compute.channels_last", self.channels_last, ("auto", "on", "off"))
+        _choice("compute.loader", self.loader, ("auto", "resident", "ffcv"))
+        _choice("compute.engine", self.engine, ("auto", "dense"))
+        _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSection:
+    """What is kept on disk; nothing here changes a result, so nothing here is in the digest."""
+
+    save_every: float = 60.0
+    """seconds between saves inside a round"""
+
+    def __post_init__(self) -> None:
+        _check("store.save_every", 0 < self.save_every < float("inf"), "be greater than 0", self.save_every)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Every setting of a search. Raises RecipeError where settings contradict each other."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    prune: PruneSection = field(default_factory=PruneSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    seeds: SeedsSection = field(default_factory=SeedsSection)
+    compute: ComputeSection = field(default_factory=ComputeSection)
+    store: StoreSection = field(default_factory=StoreSection)
+
+    def __post_init__(self) -> None:
+        last, rewind = self.train.iterations, self.prune.rewind_to
+        _check("prune.rewind_to", rewind < last, f"be below train.iterations ({last})", rewind)
+        images = self.data.train_images
+        _check("train.batch_size", self.train.batch_size <= images,
+               f"be at most the {images} training images", self.train.batch_size)  # fmt: skip
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Section -> field -> plain value, as TOML and JSON hold them (tuples become lists)."""
+        plain = json.loads(json.dumps(asdict(self)))
+        return {s: {k: v for k, v in values.items() if v is not None} for s, values in plain.items()}
+
+    @staticmethod
+    def from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
+        """The inverse of ``to_dict``. Raises RecipeError for unknown, missing or mistyped settings."""
+        for name in sections:
+            if name not in SECTIONS:
+                raise RecipeError(unknown("section", name, SECTIONS))
+        return Recipe(**{name: _section(name, cls, sections.get(name, {})) for name, cls in SECTIONS.items()})
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over the settings that differ from their defaults.
+
+        Leaves out what is only a prefix or changes no result: number of rounds, target density,
+        base seed and the store section. A new setting with a default moves no old digest.
+        """
+        asked = self.to_dict()
+        asked["prune"] = {k: v for k, v in asked["prune"].items() if k not in ("rounds", "to_density")}
+        asked["seeds"].pop("base")
+        asked["schedule"].pop("scale")
+        del asked["store"]
+        if asked["data"]["validation"] == DATASETS[self.data.name].validation:
+            del asked["data"]["validation"]
+        for name, values in asked.items():
+            for key, default in _defaults(SECTIONS[name]).items():
+                if values.get(key, MISSING) == default:
+                    del values[key]
+        canonical = json.dumps({s: v for s, v in asked.items() if v}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+SECTIONS: dict[str, type[Any]] = typing.get_type_hints(Recipe)
+
+
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    values = {
+        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(cls)
+    }
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _section(name: str, cls: type[Any], values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise RecipeError(unknown("setting", f"{name}.{key}", [f"{name}.{k}" for k in hints]))
+    for f in fields(cls):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise RecipeError(f"{name}.{f.name} is not set; give it with --set {name}.{f.name}=...")
+    return cls(**{k: _typed(f"{name}.{k}", hints[k], v) for k, v in values.items()})
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """``value`` as the field's type; RecipeError if it is of another kind (never a silent cast)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _typed(name, args[0], value)
+    if origin is dict:
+        if isinstance(value, dict):
+            return {str(k): _typed(f"{name}.{k}", args[1], v) for k, v in value.items()}
+    elif origin is tuple:
+        if isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(value) == len(args)):
+            return tuple(_typed(name, args[0], v) for v in value)
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif type(value) is hint:
+        return value
+    kind = {dict: "a table", tuple: "a list", float: "a number", int: "a whole number",
+            bool: "true or false", str: "a word"}[origin or hint]  # fmt: skip
+    raise RecipeError(f"{name} must be {kind}, got {value!r}")

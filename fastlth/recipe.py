@@ -1,7 +1,7 @@
 """Recipe: every setting of a search, frozen and validated; its digest names the run.
 
 One section per dataclass, one field per setting, `section.field` is its name everywhere: in TOML
-files, in ``--set`` and in error messages. ``fastlth/compose.py`` builds recipes from presets,
+files, in ``--set`` and in error messages. ``fastlth/composition.py`` builds recipes from presets,
 files and flags; nothing else in the project reads settings from anywhere but here.
 """
 
@@ -235,8 +235,11 @@ class StoreSection:
 
     save_every: float = 60.0
     """seconds between saves inside a round"""
+    theta0: str = "stored"
+    """stored, or seed: the ticket holds hashes of theta0, which is made again from the seed when it is read"""
 
     def __post_init__(self) -> None:
+        _choice("store.theta0", self.theta0, ("stored", "seed"))
         _check("store.save_every", 0 < self.save_every < float("inf"), "be greater than 0", self.save_every)
 
 
@@ -257,6 +260,8 @@ class Recipe:
     def __post_init__(self) -> None:
         last, rewind = self.train.iterations, self.prune.rewind_to
         _check("prune.rewind_to", rewind < last, f"be below train.iterations ({last})", rewind)
+        _check("store.theta0", self.store.theta0 == "stored" or not rewind,
+               f"be stored with prune.rewind_to {rewind}, since a seed is theta0 only", self.store.theta0)  # fmt: skip
         images = self.data.train_images
         _check("train.batch_size", self.train.batch_size <= images,
                f"be at most the {images} training images", self.train.batch_size)  # fmt: skip

@@ -35,7 +35,7 @@ _TAIL = (
 )  # fmt: skip
 _LN2 = 0.6931471805599453
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating]
 
 
 def normal(tensor: int, count: int, key: Key) -> Array:

@@ -24,7 +24,8 @@ def layer_rates(weights: Iterable[str], prune: PruneSection) -> dict[str, Fracti
     layers = {name: name.removesuffix(".weight") for name in weights}
     for pattern in prune.scale:
         if not any(fnmatchcase(layer, pattern) for layer in layers.values()):
-            raise RecipeError(f"prune.scale pattern '{pattern}' matches no layer; there are: {', '.join(layers.values())}")
+            names = ", ".join(layers.values())
+            raise RecipeError(f"prune.scale pattern '{pattern}' matches no layer; there are: {names}")
     rates = {name: exact(prune.rate) * _factor(layer, prune.scale) for name, layer in layers.items()}
     rates = {name: rate for name, rate in rates.items() if rate > 0}
     if not rates:

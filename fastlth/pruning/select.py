@@ -32,7 +32,7 @@ def remove_lowest(
     tensor = torch.cat([torch.full_like(index, numbers[n]) for n, index in zip(names, kept, strict=True)])
     removed = lowest(values, count, torch.cat(kept), tensor, round, key)
     new = {}
-    for name, index, gone in zip(names, kept, removed.split([len(i) for i in kept]), strict=True):
+    for name, index, gone in zip(names, kept, torch.split(removed, [len(i) for i in kept]), strict=True):
         flat = masks[name].reshape(-1).clone()
         flat[index[gone]] = False
         new[name] = flat.view(masks[name].shape)

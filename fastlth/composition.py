@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastlth.catalogue import DATASETS, dataset_name, model_name
+from fastlth.catalogue import DATASET_ALIASES, dataset_name, model_name
 from fastlth.errors import RecipeError, unknown
 from fastlth.recipe import SECTIONS, Recipe, TrainSection
 
@@ -86,6 +86,15 @@ def compose(
     return Composed(Recipe.from_dict(merged), preset, verified and not asked, tuple(notes))
 
 
+def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """``recipe`` with some settings changed. Raises RecipeError for anything that is not allowed."""
+    base = recipe.to_dict()
+    asked = _layer(settings)
+    merged = _in_iterations(_overlay(base, asked))
+    _scale_schedule(merged, base, asked)
+    return Recipe.from_dict(merged)
+
+
 def parse_setting(text: str) -> tuple[str, Any]:
     """``section.field=value`` from a ``--set``; the value is TOML, or a bare word."""
     key, found, value = text.partition("=")
@@ -149,8 +158,8 @@ def _overlay(below: Mapping[str, Mapping[str, Any]], above: Mapping[str, Mapping
 def _same_pair(asked: Layer, model: str, dataset: str) -> None:
     for section, name in (("model", model), ("data", dataset)):
         given = asked.get(section, {}).get("name", name)
-        if given not in (name, *(a for a in DATASETS if a == given == name)):
-            raise RecipeError(f"{section}.name is {given!r} in the settings but '{name}' on the command line; make them agree")
+        if DATASET_ALIASES.get(given, given) != name:
+            raise RecipeError(f"{section}.name is {given!r} in the settings but '{name}' is asked for; make them agree")
 
 
 def _in_iterations(layer: Layer) -> Layer:

@@ -1,0 +1,59 @@
+"""A second reader of search.ticket, from docs/ticket-format.md alone: numpy, json and zlib.
+
+    python docs/read_ticket.py search.ticket        prints the density of every round
+"""
+
+import hashlib
+import json
+import struct
+import sys
+import zlib
+
+import numpy as np
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+          "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}  # fmt: skip
+
+
+def check(good, what):
+    if not good:
+        sys.exit(f"damaged ticket: {what}")
+
+
+def decode(data, info):
+    """The array behind byte planes."""
+    planes, start = [], 0
+    for kind, length in info["planes"]:
+        part = data[start : start + length]
+        planes.append(np.frombuffer(zlib.decompress(part) if kind == "huffman" else part, np.uint8))
+        start += length
+    raw = np.stack(planes, axis=1).tobytes()
+    check(hashlib.sha256(raw).hexdigest() == info["sha256"], "an array's sha256 differs")
+    return np.frombuffer(raw, DTYPES[info["dtype"]]).reshape(info["shape"])
+
+
+def read(path):
+    """(description, rewind values, pruned_at); a ticket that keeps a seed has no rewind values."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        text, data = file.read(length).decode().rstrip(" "), file.read()
+    header = json.loads(text)
+    meta = header.pop("__metadata__")
+    without = text.replace(f'"header_sha256":"{meta["header_sha256"]}",', "")
+    check(hashlib.sha256(without.encode()).hexdigest() == meta["header_sha256"], "the header's sha256 differs")
+    check((meta["format"], meta["schema"]) == ("fastlth ticket", "1"), "not a ticket of schema 1")
+    part = {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    for name, digest in json.loads(meta["sha256"]).items():
+        check(hashlib.sha256(part[name]).hexdigest() == digest, f"the sha256 of {name} differs")
+    ticket = json.loads(meta["ticket"])
+    stored = {} if "theta0_seed" in ticket else ticket["rewind"]
+    rewind = {name: decode(part[f"rewind/{name}"], info) for name, info in stored.items()}
+    pruned_at = {name: decode(part[f"pruned_at/{name}"], info) for name, info in ticket["pruned_at"].items()}
+    return ticket, rewind, pruned_at
+
+
+if __name__ == "__main__":
+    ticket, _, pruned_at = read(sys.argv[1])
+    for number in range(len(ticket["rounds"])):
+        removed = sum(int(((at > 0) & (at <= number)).sum()) for at in pruned_at.values())
+        print(number, 1 - removed / ticket["all_weights"])

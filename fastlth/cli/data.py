@@ -1,0 +1,60 @@
+"""``fastlth data``: the data sets, and getting them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastlth.catalogue import DATASETS, dataset_name
+from fastlth.cli.options import DataDir, Json
+
+app = typer.Typer(help="The data sets, and getting them.", no_args_is_help=True)
+
+
+@app.command("list", epilog="Example: fastlth data list")
+def list_(data_dir: DataDir = None, json: Json = False) -> None:
+    """All data sets, their sizes, and whether they are there."""
+    from rich.table import Table
+
+    from fastlth.cli.show import console, json_document
+    from fastlth.data.sources import data_root, state
+
+    root = data_root(data_dir)
+    rows = [
+        {"name": name, "shape": list(f.shape), "classes": f.classes, "train": f.train, "test": f.test,
+         "state": state(name, root)}
+        for name, f in DATASETS.items()
+    ]  # fmt: skip
+    if json:
+        json_document({"root": str(root), "datasets": rows})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("data set", "image", "classes", "training", "test", f"in {root}"):
+        table.add_column(column)
+    for (name, f), row in zip(DATASETS.items(), rows, strict=True):
+        image = "x".join(str(n) for n in f.shape)
+        table.add_row(name, image, str(f.classes), f"{f.train:,}", f"{f.test:,}", str(row["state"]))
+    console().print(table)
+
+
+@app.command("prepare", epilog="Example: fastlth data prepare cifar-10 --data-dir ~/data")
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits")], data_dir: DataDir = None
+) -> None:
+    """Download a data set where it is missing, check every file, and write FFCV's file where FFCV is installed."""
+    from fastlth.cli.show import console
+    from fastlth.data import ffcv
+    from fastlth.data.sources import data_root, load
+    from fastlth.training.engines.make import beton_folder
+
+    name = dataset_name(dataset)
+    root = data_root(data_dir)
+    source = load(name, root)
+    screen = console()
+    screen.print(f"{name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images, "
+                 f"checked in {root}", highlight=False, soft_wrap=True)  # fmt: skip
+    if reason := ffcv.available():
+        screen.print(f"no FFCV file: {reason}", highlight=False, soft_wrap=True)
+    else:
+        screen.print(f"FFCV file: {ffcv.beton(source.train, beton_folder())}", highlight=False, soft_wrap=True)

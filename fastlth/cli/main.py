@@ -1,0 +1,56 @@
+"""``fastlth``: the commands, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fastlth.cli import data, doctor, find_ticket, resume, runs, ticket, train
+from fastlth.errors import FastlthError
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a bug, 2 wrong usage or recipe, 3 a regression found by bench --check, 4 data or ticket "
+    "missing or damaged, 5 training diverged, 6 the environment failed, 130/143/138 stopped by a signal and saved."
+)
+
+app = typer.Typer(
+    name="fastlth",
+    help="Find lottery tickets: sparse sub-nets that, reset to their early weights, train as well as the dense net.",
+    epilog=f"Example: fastlth find-ticket lenet-300-100 digits   {EXIT_CODES}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("find-ticket", epilog=find_ticket.EXAMPLE)(find_ticket.find_ticket)
+app.command("resume", epilog=resume.EXAMPLE)(resume.resume)
+app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("runs", epilog=runs.EXAMPLE)(runs.runs)
+app.add_typer(ticket.app, name="ticket")
+app.add_typer(data.app, name="data")
+app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.")
+) -> None:
+    if version:
+        import fastlth
+
+        print(f"fastlth {fastlth.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. A FastlthError becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except FastlthError as error:
+        print(f"fastlth: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `fastlth runs | head`
+        sys.stderr.close()
+        sys.exit(0)

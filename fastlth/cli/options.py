@@ -1,0 +1,40 @@
+"""Options that several commands share, and how flags become settings of a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastlth.errors import RecipeError
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where the data lies or goes [default: $FASTLTH_DATA, else a cache]")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
+
+
+def seconds(text: str | None) -> float | None:
+    """"60s", "2min" or "60" as seconds. Raises RecipeError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text.strip())
+    if match is None:
+        raise RecipeError(f"--save-every takes a time such as 60s or 2min, got '{text}'")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600, None: 1}[match[2]]
+
+
+def length(iterations: int | None, epochs: float | None) -> int | str | None:
+    """train.iterations from --iterations or --epochs. Raises RecipeError if both are given."""
+    if iterations is not None and epochs is not None:
+        raise RecipeError(f"--iterations {iterations} and --epochs {epochs:g} contradict each other; give one")
+    return f"{epochs:g}ep" if epochs is not None else iterations
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings whose flag was used."""
+    return {name: value for name, value in settings.items() if value is not None}

@@ -1,0 +1,43 @@
+"""Printing, for all commands: people read stderr, programs read one JSON document on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastlth.running import Search
+
+
+def json_document(document: Any) -> None:
+    """The one document on stdout."""
+    json.dump(document, sys.stdout, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def console() -> Console:
+    """For everything a person reads. Wide where it is not a terminal, so that tables are not cut."""
+    from rich.console import Console
+
+    plain = Console(stderr=True)
+    return plain if plain.is_terminal else Console(stderr=True, width=160)
+
+
+def search_result(search: Search, out: Console) -> None:
+    """The table of a finished search, its winning ticket, and where the files are."""
+    from fastlth.ui import rounds_table
+
+    winner = search.winning_round
+    out.print(rounds_table(search.rounds, winner, spread=len(search.replicates) > 1))
+    if winner is None:
+        found = "no winning ticket: no pruned round was as good as the dense one on validation images, and as quick"
+    else:
+        r = search.rounds[winner]
+        found = (f"winning ticket: round {winner}, density {r['density']:.2%}, "
+                 f"test accuracy {r['early_stop_test_accuracy']:.2%} at early stop")  # fmt: skip
+    out.print(found, highlight=False)
+    for replicate in search.replicates:
+        out.print(f"ticket: {replicate.ticket}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Images: read, ordered, batched, augmented and normalised."""

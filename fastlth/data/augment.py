@@ -1,0 +1,107 @@
+"""Random changes of training images, on the device, uint8 to uint8.
+
+Image j of a batch draws the four words of counter (position + j, 0, epoch, 0), so what happens to an image
+depends on where it is in the epoch's order and on nothing else: not on the batch size, the loader or the device.
+``epoch`` and ``position`` are integers or 0-d int64 tensors; nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from fastlth_kernels.philox import Key, philox
+from torch import Tensor
+
+Where = int | Tensor
+
+
+def _draw(images: Tensor, epoch: Where, position: Where, key: Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words per image: int64 [B] in [0, 2^32)."""
+    place = torch.arange(images.shape[0], device=images.device) + position
+    words: tuple[Tensor, Tensor, Tensor, Tensor] = philox(place, 0, epoch, 0, key)
+    return words
+
+
+def none(images: Tensor, epoch: Where, position: Where, key: Key) -> Tensor:
+    """The images as they are."""
+    return images
+
+
+def flip_crop(images: Tensor, epoch: Where, position: Where, key: Key, pad: int = 4) -> Tensor:
+    """Shift by -pad..pad pixels each way, black where nothing was, then mirror every second image.
+
+    images: uint8 [B, C, H, W]; the same shape comes back, with channels-last strides.
+    """
+    count, _, height, width = images.shape
+    first, second, third, _ = _draw(images, epoch, position, key)
+    down, right = ((word * (2 * pad + 1)) >> 32 for word in (first, second))
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
+    # A view of every window of every image, [B, 2 pad + 1, 2 pad + 1, H, W, C]; one of each image is copied.
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1).permute(0, 1, 2, 4, 5, 3)
+    cropped = windows[torch.arange(count, device=images.device), down, right]
+    return torch.where(_wide(third >> 31 == 1), cropped.flip(2), cropped).permute(0, 3, 1, 2)
+
+
+def lecode(images: Tensor, epoch: Where, position: Where, key: Key) -> Tensor:
+    """Colour jitter (hue +-0.05 of a turn, saturation 0.95 to 1.05, in random order), mirror, 10 % grey.
+
+    images: uint8 [B, 3, H, W]; the same shape comes back, with channels-last strides. Computed in float32 and
+    rounded once at the end, where torchvision cuts off after every step.
+    """
+    first, second, third, fourth = _draw(images, epoch, position, key)
+    turn, saturation = ((_unit(word) - 0.5) * 0.1 for word in (first, second))
+    saturate_first, mirrored, grey = third & 1 == 1, third >> 31 == 1, fourth < int(0.1 * 2**32)
+
+    colours = images.permute(0, 2, 3, 1).to(torch.float32) / 255
+    colours = torch.where(_wide(saturate_first), _saturate(colours, saturation + 1), colours)
+    colours = _turn_hue(colours, turn)
+    colours = torch.where(_wide(saturate_first), colours, _saturate(colours, saturation + 1))
+    colours = torch.where(_wide(mirrored), colours.flip(2), colours)
+    colours = torch.where(_wide(grey), _luma(colours).expand_as(colours), colours)
+    return (colours * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def _unit(word: Tensor) -> Tensor:
+    """A word as float32 in [0, 1): its 24 upper bits, which float32 holds exactly."""
+    return (word >> 8).to(torch.float32) / 2**24
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _luma(colours: Tensor) -> Tensor:
+    red, green, blue = colours.unbind(-1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[..., None]
+
+
+def _saturate(colours: Tensor, factor: Tensor) -> Tensor:
+    """Away from grey (factor above 1) or towards it; colours float32 [B, H, W, 3] in [0, 1]."""
+    return (_wide(factor) * colours + (1 - _wide(factor)) * _luma(colours)).clamp(0, 1)
+
+
+def _turn_hue(colours: Tensor, turn: Tensor) -> Tensor:
+    """Hue plus ``turn`` [B] (1 is a full circle), value and saturation kept; grey stays grey.
+
+    With hue h in sixths, channel n of (5, 3, 1) is value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6.
+    """
+    red, green, blue = colours.unbind(-1)
+    value, low = colours.amax(-1), colours.amin(-1)
+    chroma = value - low
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    k = torch.remainder(torch.stack([n + sixth + 6 * turn[:, None, None] for n in (5, 3, 1)], -1), 6)
+    return value[..., None] - chroma[..., None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+AUGMENT: dict[str, Callable[[Tensor, Where, Where, Key], Tensor]] = {
+    "none": none,
+    "flip-crop": flip_crop,
+    "lecode": lecode,
+}

@@ -1,0 +1,42 @@
+"""Train the ticket of one round again, from its rewind values and on its mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastlth import masks as mask_tools
+from fastlth.composition import adjust
+from fastlth.data.sources import data_root, load
+from fastlth.search import round_result, winning_round
+from fastlth.tickets import LoadedTicket
+from fastlth.training.engines.make import make_engine
+from fastlth.training.resolve import resolve
+from fastlth.training.trainer import Progress, train
+
+
+def retrain(
+    ticket: LoadedTicket, *, round: int | None = None, settings: Mapping[str, Any] | None = None,
+    data_dir: str | Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The round's result, in the form of ``find-ticket --json``, after training it again.
+
+    ``round`` is the winning ticket's where not given (the last one's if there is none); ``settings`` change the
+    recipe. With none changed, on the same machine and versions, the result is the one of the search.
+    """
+    if round is None:
+        round = winning_round([ticket.rounds])
+        round = len(ticket.rounds) - 1 if round is None else round
+    masks = ticket.mask(round)
+    recipe = adjust(ticket.recipe, settings or {})
+    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
+    engine = make_engine(dataclasses.replace(recipe, compute=compute), source)
+    engine.set_masks(masks)
+    engine.rewind(ticket.rewind())
+    progress = Progress(ticket.file.rewind_iteration)
+    for _ in train(engine, recipe, progress):
+        pass
+    return round_result(engine, progress, round, ticket.file.density(round), mask_tools.kept(masks))

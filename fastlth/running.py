@@ -1,0 +1,267 @@
+"""Running a search for real: consumes the events of ``search.py``, keeps the run directory, can be stopped.
+
+    started run        -> its result, or it goes on from the last save
+    every safe point   -> a save when one is due, a stop when one was asked for
+    every round        -> metrics, search.ticket
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from types import TracebackType
+from typing import Any
+
+from fastlth.data.sources import Source, data_root, load
+from fastlth.errors import DeviceError, Stopped
+from fastlth.metrics import record
+from fastlth.models import INIT_VERSION, skeleton, weight_names
+from fastlth.pruning import layer_rates
+from fastlth.recipe import ComputeSection, Recipe
+from fastlth.search import Event, InRound, RoundFinished, find_tickets, over, winning_round
+from fastlth.store.metrics_file import MetricsFile
+from fastlth.store.run import Run, State
+from fastlth.store.ticket import EncodedTheta, Ticket
+from fastlth.tickets import theta0
+from fastlth.training.engines.make import make_engine
+from fastlth.training.resolve import device, environment, loader, resolve
+from fastlth.training.trainer import ChunkDone
+
+
+@dataclass(frozen=True)
+class Started:
+    """A search begins or goes on: what ``show`` gets before the first event."""
+
+    path: Path
+    recipe: Recipe
+    compute: ComputeSection
+    measured: Mapping[str, float]
+    """images/s of the candidates that were timed to replace ``auto``"""
+    rounds_done: int
+    resumed: bool
+    moved: str | None
+    """what is not as it was when the run began, so that its bits may differ from here on"""
+    replicate: tuple[int, int]
+    """(this one, how many)"""
+
+
+Show = Callable[[Started | Event], None]
+
+
+@dataclass(frozen=True)
+class Replicate:
+    seed: int
+    path: Path
+    rounds: tuple[Mapping[str, Any], ...]
+
+    @property
+    def ticket(self) -> Path:
+        return self.path / "search.ticket"
+
+
+@dataclass(frozen=True)
+class Search:
+    """The result of ``run``. With several replicates, ``rounds`` are their means."""
+
+    recipe: Recipe
+    replicates: tuple[Replicate, ...]
+
+    @property
+    def ticket(self) -> Path:
+        return self.replicates[0].ticket
+
+    @property
+    def rounds(self) -> list[dict[str, Any]]:
+        return _means([r.rounds for r in self.replicates])
+
+    @property
+    def winning_round(self) -> int | None:
+        return winning_round([r.rounds for r in self.replicates])
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``find-ticket --json``."""
+        document = {
+            "run": str(self.replicates[0].path),
+            "ticket": str(self.ticket),
+            "recipe_digest": self.recipe.digest,
+            "rounds": self.rounds,
+            "winning_round": self.winning_round,
+        }
+        if len(self.replicates) > 1:
+            document["replicates"] = [{"seed": r.seed, "rounds": [dict(x) for x in r.rounds]} for r in self.replicates]
+        return document
+
+
+def run(
+    recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
+    fresh: bool = False, show: Show = lambda _: None, stopped: Callable[[], int | None] = lambda: None,
+) -> Search:  # fmt: skip
+    """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
+
+    Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. ``stopped``
+    is asked at every safe point, twice a second or after each step where one takes longer; if it returns a
+    signal number, the state is saved and Stopped is raised.
+    """
+    check(recipe)
+    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    done: list[Replicate] = []
+    resolved: dict[str, Any] | None = None
+    for r in range(replicates):
+        seeds = dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r)
+        one = dataclasses.replace(recipe, seeds=seeds)
+        with Run.open(Path(out), one, fresh=fresh) as directory:
+            replicate = _run_one(directory, one, source, resolved, (r, replicates), show, stopped)
+            resolved = directory.resolved
+        done.append(replicate)
+    return Search(recipe, tuple(done))
+
+
+def check(recipe: Recipe) -> None:
+    """Everything that can be wrong with a recipe on this machine, before any file is touched.
+
+    Raises RecipeError (a net that does not fit the images, contradictory rates, a loader that is not
+    installed) or DeviceError.
+    """
+    layer_rates(weight_names(skeleton(recipe)), recipe.prune)
+    device(recipe.compute.device)
+    loader(recipe.compute.loader)
+
+
+def resume(
+    path: Path, *, data_dir: str | Path | None = None, show: Show = lambda _: None,
+    stopped: Callable[[], int | None] = lambda: None,
+) -> Search:  # fmt: skip
+    """Go on with the search in the run directory ``path``, with the recipe it holds."""
+    with Run.reopen(path) as directory:
+        recipe = directory.recipe
+        source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+        return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), show, stopped),))
+
+
+def _run_one(
+    directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None, replicate: tuple[int, int],
+    show: Show, stopped: Callable[[], int | None],
+) -> Replicate:  # fmt: skip
+    ticket, state = directory.ticket(theta0), directory.state()
+    rounds = ticket.rounds if ticket else ()
+    if over(recipe, rounds):
+        return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
+    compute, moved, measured = _settle(directory, recipe, source, resolved)
+    show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
+    with MetricsFile(directory.metrics_path) as metrics, _Saver(directory, recipe, metrics) as saver:
+        metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
+        for event in find_tickets(recipe, source, compute, ticket=ticket, state=state):
+            if line := record(event):
+                metrics.write(line)
+            show(event)
+            if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
+                if number := stopped():
+                    saver.state(event)
+                    raise Stopped(f"stopped and saved; go on with: fastlth resume {directory.path}", number)
+                if saver.due():
+                    saver.state(event)
+            elif isinstance(event, RoundFinished):
+                saver.ticket(event.ticket)
+                rounds = event.ticket.rounds
+    return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
+
+
+def _settle(
+    directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None
+) -> tuple[ComputeSection, str | None, Mapping[str, float]]:
+    """The compute section of this run: as it was resolved at its first start, else resolved now and written down."""
+    kept = directory.resolved or resolved
+    moved = None
+    if kept is not None:
+        compute = ComputeSection(**{f.name: kept[f.name] for f in dataclasses.fields(ComputeSection)})
+        try:
+            device(compute.device)
+        except DeviceError:
+            kept, moved = None, f"{compute.device} is not there any more"
+    measured: Mapping[str, float] = {}
+    if kept is None:
+        choice = resolve(recipe, lambda candidate: make_engine(candidate, source))
+        compute, measured = choice.compute, choice.images_per_second
+        kept = choice.to_dict()
+    here = environment(compute)
+    before = kept.get("environment", here)
+    if before != here and moved is None:
+        changed = [f"{k} {before.get(k)} -> {v}" for k, v in here.items() if before.get(k) != v]
+        moved = ", ".join(changed)
+    if directory.resolved is None or moved:
+        log = [*kept.get("moved", []), *([moved] if moved else [])]
+        directory.write_recipe(recipe, {**kept, "environment": here, **({"moved": log} if log else {})})
+    return compute, moved, measured
+
+
+class _Saver:
+    """Saves in a background thread, in order; an error there is raised at the next save or at the end."""
+
+    def __init__(self, directory: Run, recipe: Recipe, metrics: MetricsFile) -> None:
+        self._directory, self._every, self._metrics = directory, recipe.store.save_every, metrics
+        self._in_seed = recipe.store.theta0 == "seed"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastlth-save")
+        self._pending: list[Future[None]] = []
+        self._theta: EncodedTheta | None = None
+        self._saved = time.monotonic()
+        self._cost = 0.0
+
+    def due(self) -> bool:
+        """Whether it is time to save: at the interval asked for, or later where copying the state takes so long
+        that it would stop the step for more than 2 % of the time."""
+        return time.monotonic() - self._saved >= max(self._every, 50 * self._cost)
+
+    def state(self, event: InRound) -> None:
+        started = time.monotonic()
+        self._settle()
+        state = event.state()
+        self._metrics.sync()
+        info = {**state.info, "metrics_bytes": self._metrics.bytes}
+        self._submit(self._directory.save_state, State(arrays=state.arrays, info=info))
+        self._saved = time.monotonic()
+        self._cost = self._saved - started
+
+    def ticket(self, ticket: Ticket) -> None:
+        self._settle()
+        self._metrics.sync()
+        whole = dataclasses.replace(
+            ticket, resolved=self._directory.resolved or {}, metrics_bytes=self._metrics.bytes,
+            theta0_seed={"init_version": INIT_VERSION} if self._in_seed else None,
+        )  # fmt: skip
+        self._submit(self._save_ticket, whole)
+        self._saved = time.monotonic()
+
+    def _save_ticket(self, ticket: Ticket) -> None:
+        if self._theta is None:
+            self._theta = EncodedTheta.of(ticket.rewind, stored=not self._in_seed)
+        self._directory.save_ticket(ticket, theta=self._theta)
+        self._directory.drop_state()
+
+    def _submit(self, call: Callable[..., None], *args: object) -> None:
+        self._pending.append(self._thread.submit(call, *args))
+
+    def _settle(self) -> None:
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def __enter__(self) -> _Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None or isinstance(error, Stopped):
+            self._settle()
+
+
+def _means(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    if len(replicates) == 1:
+        return [dict(r) for r in replicates[0]]
+    return [
+        {k: fmean(r[k] for r in same) if isinstance(v, int | float) and k != "round" else v for k, v in same[0].items()}
+        for same in zip(*replicates, strict=False)
+    ]

@@ -1,0 +1,190 @@
+"""The lottery: train, prune, rewind, repeat. A generator of events that writes nothing.
+
+Who consumes the events writes metrics, saves tickets and shows progress; see ``running.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastlth import masks as mask_tools
+from fastlth.data.sources import Source
+from fastlth.errors import DivergedError
+from fastlth.pruning import layer_rates, prune
+from fastlth.recipe import ComputeSection, Recipe
+from fastlth.store.run import State
+from fastlth.store.ticket import Ticket
+from fastlth.training.engines.base import Engine
+from fastlth.training.engines.make import make_engine
+from fastlth.training.trainer import ChunkDone, Evaluated, Progress, train
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class RoundStarted:
+    round: int
+    kept: int
+    prunable: int
+    density: float
+    iteration: int
+    """steps already done in this round: 0, the rewind point, or where a stopped round goes on"""
+
+
+@dataclass(frozen=True)
+class InRound:
+    """An evaluation or a safe point. ``state()`` copies all that a resume needs; call it before the next event."""
+
+    round: int
+    event: Evaluated | ChunkDone
+    state: Callable[[], State]
+
+
+@dataclass(frozen=True)
+class RoundFinished:
+    """``result`` is the round's entry in ``find-ticket --json``; ``ticket`` holds everything found so far."""
+
+    round: int
+    result: dict[str, Any]
+    ticket: Ticket
+
+
+Event = RoundStarted | InRound | RoundFinished
+
+
+def find_tickets(
+    recipe: Recipe, source: Source, compute: ComputeSection,
+    *, ticket: Ticket | None = None, state: State | None = None,
+) -> Iterator[Event]:  # fmt: skip
+    """Search to the recipe's last round, or to its target density.
+
+    ``compute`` is the recipe's section without ``auto`` (training/resolve.py). With ``ticket`` (and
+    ``state``, if a round was under way) the search goes on from there, bit for bit as if never stopped.
+    Raises DivergedError if a loss is not finite.
+    """
+    engine = make_engine(dataclasses.replace(recipe, compute=compute), source)
+    weights = {n: engine.weights()[n] for n in engine.weight_names}
+    numbers = {n: i for i, n in enumerate(weights)}
+    all_weights = sum(w.numel() for w in weights.values())
+    prunable = {n: weights[n] for n in layer_rates(weights, recipe.prune)}
+
+    rewind = _arrays(engine.weights())  # theta0, until round 0 passes the rewind point
+    pruned_at = {n: np.zeros(w.shape, np.uint8) for n, w in prunable.items()}
+    results: list[Mapping[str, Any]] = []
+    if ticket is not None:
+        rewind, results = dict(ticket.rewind), list(ticket.rounds)
+        pruned_at = {n: at.copy() for n, at in ticket.pruned_at.items()}
+    masks = {n: torch.from_numpy(pruned_at[n] == 0).to(w.device) for n, w in prunable.items()}
+
+    while not over(recipe, results):
+        round = len(results)
+        progress = Progress(recipe.prune.rewind_to if round else 0)
+        start = _tensors(rewind)
+        engine.set_masks(masks)
+        engine.rewind(start)
+        if state is not None:
+            engine.load_state(_tensors(state.arrays))
+            progress = Progress.from_json(state.info["progress"])
+            rewind = _with_prefix("rewind/", state.arrays) or rewind
+            state = None
+        kept = mask_tools.kept(masks)
+        unpruned = all_weights - sum(w.numel() for w in prunable.values())
+        density = (kept + unpruned) / all_weights
+        yield RoundStarted(round, kept, all_weights - unpruned, density, progress.iteration)
+
+        for event in _training(engine, recipe, progress, round):
+            if round == 0 and recipe.prune.rewind_to and event == ChunkDone(recipe.prune.rewind_to):
+                rewind = _arrays(engine.weights())
+            yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, rewind))
+
+        new = prune(recipe.prune, masks, start, engine.weights(),
+                    numbers=numbers, round=round + 1, key=recipe.seeds.key("prune"))  # fmt: skip
+        for name, mask in masks.items():
+            pruned_at[name][(mask & ~new[name]).cpu().numpy()] = round + 1
+        masks = new
+        result = round_result(engine, progress, round, density, kept)
+        results.append(result)
+        yield RoundFinished(round, result, Ticket(
+            recipe=recipe, resolved={}, rewind=rewind, rewind_iteration=recipe.prune.rewind_to,
+            pruned_at={n: at.copy() for n, at in pruned_at.items()}, rounds=tuple(results), all_weights=all_weights,
+        ))  # fmt: skip
+
+
+def over(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last round, or one at or below the target density, is done."""
+    target = recipe.prune.to_density
+    reached = target is not None and any(r["density"] <= target for r in results)
+    return reached or len(results) > recipe.prune.rounds
+
+
+def winning_round(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> int | None:
+    """The sparsest round (not the dense one) that is no worse and no slower than the dense round, or None.
+
+    Validation accuracy at early stop must be at least round 0's and the early-stop iteration no later, as means
+    over the replicates: tickets are chosen on validation images and reported on test images.
+    """
+
+    def mean(field: str, round: int) -> float:
+        return fmean(r[round][field] for r in replicates)
+
+    accuracy, iteration = "early_stop_validation_accuracy", "early_stop_iteration"
+    winners = [
+        k
+        for k in range(1, min(map(len, replicates)))
+        if mean(accuracy, k) >= mean(accuracy, 0) and mean(iteration, k) <= mean(iteration, 0)
+    ]
+    return max(winners, default=None)
+
+
+def _training(engine: Engine, recipe: Recipe, progress: Progress, round: int) -> Iterator[Evaluated | ChunkDone]:
+    try:
+        yield from train(engine, recipe, progress, pause_at=0 if round else recipe.prune.rewind_to)
+    except DivergedError as error:
+        raise DivergedError(f"round {round}: {error}") from None
+
+
+def round_result(engine: Engine, progress: Progress, round: int, density: float, kept: int) -> dict[str, Any]:
+    """A finished round in the form of ``find-ticket --json``: accuracies and densities are fractions, times seconds."""
+    return {
+        "round": round,
+        "density": density,
+        "kept": kept,
+        "early_stop_iteration": progress.early_stop_iteration,
+        "early_stop_validation_loss": progress.early_stop_validation_loss,
+        "early_stop_validation_accuracy": progress.early_stop_validation_accuracy,
+        "early_stop_test_accuracy": progress.early_stop_test_accuracy,
+        "test_accuracy": progress.test_accuracy,
+        "train_accuracy": engine.evaluate("train").accuracy,
+        "engine": engine.name,
+        "seconds": progress.seconds,
+        "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
+    }
+
+
+def _state(engine: Engine, progress: Progress, round: int, recipe: Recipe, rewind: Arrays) -> State:
+    arrays = _arrays(engine.state())
+    if round == 0 and 0 < recipe.prune.rewind_to <= progress.iteration:  # theta_k is in no ticket yet
+        arrays |= {f"rewind/{n}": a for n, a in rewind.items()}
+    return State(arrays=arrays, info={"round": round, "progress": progress.to_json()})
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    return {n: t.detach().to("cpu", copy=True).contiguous().numpy() for n, t in tensors.items()}
+
+
+def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
+
+
+def _with_prefix(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}

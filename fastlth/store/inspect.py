@@ -1,0 +1,73 @@
+"""What a ticket says about itself, and whether it is true."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlth.errors import TicketError
+from fastlth.recipe import LAST_ROUND, Recipe
+from fastlth.store import container
+from fastlth.store.ticket import MAX_TICKET, Regenerate, Ticket, describe, load, removed_per_round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a ticket's header says; nothing else of the file was read."""
+
+    recipe: Recipe
+    rounds: tuple[Mapping[str, Any], ...]
+    theta0_seed: Mapping[str, int] | None
+    bytes: Mapping[str, int]
+    """masks, theta0, file"""
+
+
+def summary(path: Path) -> Summary:
+    """Recipe, rounds and sizes, quickly, however large the ticket. Raises TicketError."""
+    header = container.read_header(path, MAX_TICKET)
+    document, recipe = describe(path, header.metadata)
+    sizes = {"masks": 0, "theta0": 0, "file": header.file_bytes}
+    for name, slot in header.slots.items():
+        sizes["masks" if name.startswith("pruned_at/") else "theta0"] += slot.end - slot.begin
+    return Summary(
+        recipe=recipe,
+        rounds=tuple(document["rounds"]),
+        theta0_seed=document.get("theta0_seed"),
+        bytes=sizes,
+    )
+
+
+def verify(path: Path, regenerate: Regenerate | None = None) -> list[str]:
+    """What is wrong with a ticket, one sentence each; empty if nothing is.
+
+    Checks structure and hashes, then that masks and counts agree. (Masks are nested by construction: a
+    weight dies once.) Without ``regenerate`` a theta0 that is kept as a seed is not checked.
+    """
+    try:
+        seed_alone = regenerate is None and summary(path).theta0_seed is not None
+        return _disagreements(load(path, regenerate, masks_only=seed_alone))
+    except TicketError as error:
+        return [str(error)]
+
+
+def _disagreements(ticket: Ticket) -> list[str]:
+    problems = []
+    counts = removed_per_round(ticket.pruned_at)
+    prunable, finished = int(counts.sum()), len(ticket.rounds)
+    latest = int(np.flatnonzero(counts)[-1]) if prunable else 0
+    if latest > min(finished, LAST_ROUND):
+        problems.append(f"weights were removed in round {latest}, but only {finished} rounds are finished")
+    if ticket.all_weights < prunable:
+        problems.append(f"{prunable} weights can be pruned, but there are only {ticket.all_weights} at all")
+    kept = prunable
+    for number, result in enumerate(ticket.rounds):
+        kept -= int(counts[number]) if number else 0
+        if result.get("round") != number:
+            problems.append(f"the result at place {number} says that it is of round {result.get('round')}")
+        if result.get("kept") != kept:
+            problems.append(f"round {number} says it kept {result.get('kept')}, but its mask keeps {kept}")
+    return problems

@@ -1,0 +1,61 @@
+"""The runs under an output folder, read without locking any: for ``fastlth runs``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastlth.errors import FastlthError
+from fastlth.store.inspect import summary
+from fastlth.store.run import RECIPE, STATE, TICKET, entries, read_recipe, run_folders
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """One line of the list."""
+
+    path: Path
+    model: str
+    dataset: str
+    seed: int
+    rounds_done: int
+    """finished rounds, the dense one included"""
+    rounds_asked: int
+    """the recipe's prune.rounds + 1, the dense one included"""
+    bytes: int
+    """of every file in the folder"""
+    unfinished_state: bool
+    """a state file is there: a round was begun"""
+    problem: str = ""
+    """why the run cannot be read; then model and dataset are empty and the counts 0"""
+
+
+def list_runs(out: Path) -> list[RunInfo]:
+    """Every run under ``out``, by path; none if there is no such folder. A damaged run is listed too."""
+    found = [run for parent in entries(out) for run in sorted(run_folders(parent).items())]
+    return [_info(path, seed) for (seed, _), path in found if (path / RECIPE).exists()]
+
+
+def _info(path: Path, seed: int) -> RunInfo:
+    model = dataset = problem = ""
+    done = asked = 0
+    try:
+        recipe, _ = read_recipe(path / RECIPE)
+        model, dataset, asked = recipe.model.name, recipe.data.name, recipe.prune.rounds + 1
+        done = len(summary(path / TICKET).rounds) if (path / TICKET).exists() else 0
+    except FastlthError as error:
+        problem = str(error)
+    return RunInfo(
+        path=path, model=model, dataset=dataset, seed=seed, rounds_done=done, rounds_asked=asked,
+        bytes=_size(path), unfinished_state=(path / STATE).exists(), problem=problem,
+    )  # fmt: skip
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.lstat().st_size if file.is_file() else 0
+        except FileNotFoundError:  # a writer's temporary file, gone meanwhile
+            continue
+    return total

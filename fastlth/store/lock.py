@@ -1,0 +1,66 @@
+"""One writer per run: an flock on the file ``lock``, in which the holder says who it is.
+
+The kernel lets go of an flock when its holder ends, however it ends, so there is no stale lock to
+recognise: what a dead holder wrote into the file is simply overwritten. The file itself is never
+removed, since a lock on a removed file guards nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fastlth.errors import RunLockedError
+from fastlth.store import atomic
+
+
+class Lock:
+    """Held from construction to ``release``.
+
+    Raises RunLockedError if another process, or another Lock of this one, holds it; OutputError or
+    EnvironmentFailure where the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise atomic.explain(error, path) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            os.ftruncate(self._fd, 0)
+            atomic.write_all(self._fd, json.dumps(holder).encode())
+        except BlockingIOError as error:
+            holder_text = _describe(self._fd)
+            os.close(self._fd)
+            raise RunLockedError(
+                f"{path.parent} is in use by {holder_text}; wait for it to end, or stop it"
+            ) from error
+        except OSError as error:
+            os.close(self._fd)
+            raise atomic.explain(error, path) from error
+
+    def release(self) -> None:
+        """Let go, once; nothing happens the second time."""
+        if self._fd >= 0:
+            os.ftruncate(self._fd, 0)
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _describe(fd: int) -> str:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
+    except (ValueError, KeyError, TypeError, OSError):  # it has not written its name yet
+        return "another process"

@@ -1,0 +1,61 @@
+"""Reading tickets back: the masks of any round, and the net that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastlth.masks import Masks
+from fastlth.models import build, skeleton
+from fastlth.recipe import Recipe
+from fastlth.store import ticket as files
+
+
+@dataclass(frozen=True)
+class LoadedTicket:
+    """A search's tickets: one per round, all in one file."""
+
+    file: files.Ticket
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.file.recipe
+
+    @property
+    def rounds(self) -> tuple[Mapping[str, Any], ...]:
+        """Result of each finished round, as in ``find-ticket --json``."""
+        return self.file.rounds
+
+    def mask(self, round: int) -> Masks:
+        """bool tensors of the weights' shapes, True = kept. Raises TicketError for a round that is not there."""
+        return {name: torch.from_numpy(mask) for name, mask in self.file.mask(round).items()}
+
+    def rewind(self) -> dict[str, Tensor]:
+        """theta_k: every parameter and buffer, unmasked."""
+        return {name: torch.from_numpy(np.array(a)) for name, a in self.file.rewind.items()}
+
+    def model(self, round: int) -> nn.Module:
+        """The winning-ticket candidate of a round: the net at theta_k with its pruned weights at zero, untrained."""
+        state, masks = self.rewind(), self.mask(round)
+        for name, mask in masks.items():
+            state[name] = state[name].masked_fill(~mask, 0.0)
+        model = skeleton(self.recipe).to_empty(device="cpu")
+        model.load_state_dict(state)
+        return model
+
+
+def load_ticket(path: str | Path) -> LoadedTicket:
+    """Read ``search.ticket``. Raises TicketError if it is damaged or not a ticket."""
+    return LoadedTicket(files.load(Path(path), theta0))
+
+
+def theta0(recipe: Recipe) -> dict[str, NDArray[Any]]:
+    """The initial parameters and buffers of a recipe, made from its seed."""
+    return {name: tensor.detach().numpy() for name, tensor in build(recipe).state_dict().items()}

@@ -1,0 +1,54 @@
+"""What every engine offers. The training loop does not know which one runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fastlth.training.evaluate import Scores
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one chunk of steps did."""
+
+    images: int
+    first_bad: int | None
+    """the first iteration whose loss was not finite"""
+
+
+class Engine(Protocol):
+    """Trains one net. Iterations are counted from 0; ``run(0, 1)`` makes the first step."""
+
+    name: str
+    weight_names: list[str]
+    """the weights of all Linear and Conv layers, in model order"""
+
+    def rewind(self, start: Tensors) -> None:
+        """Copy theta_k in place (parameters and buffers), mask it, and forget the optimizer's state."""
+
+    def set_masks(self, masks: Tensors) -> None:
+        """Copy masks in place and put pruned weights to zero."""
+
+    def run(self, first: int, last: int) -> Chunk:
+        """Make the steps first <= i < last. Where a chunk ends changes no bit."""
+
+    def interval(self) -> Scores:
+        """Training loss and accuracy over the steps since the last call (or rewind), and begin anew."""
+
+    def evaluate(self, split: str) -> Scores:
+        """Scores on "train", "validation" or "test", unaugmented, in evaluation mode."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The present parameters and buffers (live tensors, not copies)."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resume needs (live tensors)."""
+
+    def load_state(self, state: Tensors) -> None:
+        """The inverse of ``state``, copied in place."""

@@ -1,0 +1,116 @@
+"""The dense engine: ordinary dense tensors on any device, weights kept masked in the update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlth import masks as mask_tools
+from fastlth.data.loader import Loader
+from fastlth.data.normalise import table
+from fastlth.data.sources import Images
+from fastlth.models import build, weight_names
+from fastlth.pruning import layer_rates
+from fastlth.recipe import Recipe
+from fastlth.training.engines.base import Chunk, Tensors
+from fastlth.training.evaluate import Scores, evaluate
+from fastlth.training.optim import MaskedOptimizer
+from fastlth.training.schedule import lr_at
+from fastlth.training.step import Step
+
+EVALUATION_BATCH = 1000
+
+
+class DenseEngine:
+    """Eager or compiled, fp32 or bf16 autocast, channels-last or not: ``recipe.compute`` says which, resolved."""
+
+    name = "dense"
+
+    def __init__(self, recipe: Recipe, loader: Loader, splits: dict[str, Images]) -> None:
+        compute = recipe.compute
+        self._device = torch.device(compute.device)
+        self._recipe, self._loader = recipe, loader
+        self.model = build(recipe).to(self._device).train()
+        if compute.channels_last == "on":
+            self.model.to(memory_format=torch.channels_last)
+        parameters = dict(self.model.named_parameters())
+        self.weight_names = weight_names(self.model)
+        prunable = layer_rates(self.weight_names, recipe.prune)
+        self._pruned = {
+            n: torch.zeros_like(parameters[n], dtype=torch.bool, memory_format=torch.preserve_format) for n in prunable
+        }
+        self._optimizer = MaskedOptimizer(parameters, recipe.train)
+        self._table = table(recipe.data.name, recipe.data.normalise).to(self._device)
+        self._step = Step(
+            self.model, self._optimizer, self._pruned, self._table,
+            augment=recipe.data.augment, augment_key=recipe.seeds.key("augment"),
+            precision=compute.precision, compiled=compute.compile == "on",
+        )  # fmt: skip
+        self._splits = {
+            name: (torch.from_numpy(s.pixels).to(self._device), torch.from_numpy(s.labels).to(self._device))
+            for name, s in splits.items()
+        }
+        # One row per step since the last evaluation: mean loss, hits, images. Summed in one go when they are
+        # read, so that where a chunk ends cannot change a bit.
+        self._losses = torch.zeros(recipe.evaluate.every, dtype=torch.float32, device=self._device)
+        self._hits = torch.zeros(recipe.evaluate.every, dtype=torch.int64, device=self._device)
+        self._images = torch.zeros(recipe.evaluate.every, dtype=torch.int64)
+        self._filled = torch.zeros((), dtype=torch.int64)
+
+    def run(self, first: int, last: int) -> Chunk:
+        train, schedule, row = self._recipe.train, self._recipe.schedule, int(self._filled)
+        begin = row
+        for iteration, batch in zip(range(first, last), self._loader.batches(first, last), strict=True):
+            self._optimizer.lr.fill_(lr_at(iteration, train.lr, schedule))
+            self._losses[row], self._hits[row] = self._step(batch)
+            self._images[row] = len(batch.labels)
+            row += 1
+        self._filled.fill_(row)
+        bad = (~self._losses[begin:row].isfinite()).nonzero()  # the one host read of a chunk
+        return Chunk(int(self._images[begin:row].sum()), first + int(bad[0]) if len(bad) else None)
+
+    def interval(self) -> Scores:
+        rows = int(self._filled)
+        images = self._images[:rows]
+        total = max(int(images.sum()), 1)
+        loss = float((self._losses[:rows].cpu().double() * images).sum()) / total
+        self._filled.zero_()
+        return Scores(loss, int(self._hits[:rows].sum()) / total)
+
+    @torch.no_grad()
+    def rewind(self, start: Tensors) -> None:
+        for name, tensor in self.weights().items():
+            tensor.copy_(start[name])
+        self._zero_pruned()
+        self._optimizer.reset()
+        self._filled.zero_()
+
+    @torch.no_grad()
+    def set_masks(self, masks: Tensors) -> None:
+        mask_tools.copy_(self._pruned, {name: ~m for name, m in masks.items()})
+        self._zero_pruned()
+
+    def _zero_pruned(self) -> None:
+        for name, pruned in self._pruned.items():
+            self._optimizer.parameters[name].masked_fill_(pruned, 0.0)
+
+    def evaluate(self, split: str) -> Scores:
+        pixels, labels = self._splits[split]
+        return evaluate(self.model, pixels, labels, self._table,
+                        precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: t.detach() for name, t in self.model.state_dict(keep_vars=True).items()}
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            **{f"model/{n}": t for n, t in self.weights().items()},
+            **{f"optimizer/{n}": t for n, t in self._optimizer.state.items()},
+            "interval/losses": self._losses, "interval/hits": self._hits,
+            "interval/images": self._images, "interval/filled": self._filled,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load_state(self, state: Tensors) -> None:
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])

@@ -1,0 +1,51 @@
+"""From a resolved recipe and a data set to an engine that is ready to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from platformdirs import user_cache_dir
+
+from fastlth.data.ffcv import FfcvLoader
+from fastlth.data.loader import Loader
+from fastlth.data.order import Order, split
+from fastlth.data.resident import ResidentLoader
+from fastlth.data.sources import Images, Source
+from fastlth.recipe import Recipe
+from fastlth.training.engines.base import Engine
+from fastlth.training.engines.dense import DenseEngine
+
+
+def make_engine(recipe: Recipe, source: Source) -> Engine:
+    """The engine of a recipe whose compute section holds no ``auto``."""
+    compute, train = recipe.compute, recipe.train
+    if compute.threads != torch.get_num_threads():
+        torch.set_num_threads(compute.threads)
+    # Softmax residuals and Adam's moments decay into denormals, and a CPU gets slower and slower (by a quarter over
+    # 30,000 steps of LeNet, and growing). It is a setting of the process; GPUs flush them anyway.
+    torch.set_flush_denormal(True)
+    kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
+    order = Order(len(kept), train.batch_size, train.drop_last, recipe.seeds.key("order"))
+    device = torch.device(compute.device)
+    loader: Loader
+    if compute.loader == "ffcv":
+        loader = FfcvLoader(source.train, kept, order, device, beton_folder())
+    else:
+        loader = ResidentLoader(source.train, kept, order, device)
+    return DenseEngine(recipe, loader, {
+        "train": _subset(source.train, kept),
+        "validation": _subset(source.train, held_out),
+        "test": source.test,
+    })  # fmt: skip
+
+
+def beton_folder() -> Path:
+    """Where FFCV's files lie: a cache, since the data folder may be read-only."""
+    return Path(user_cache_dir("fastlth")) / "beton"
+
+
+def _subset(images: Images, indices: NDArray[np.int64]) -> Images:
+    return Images(images.pixels[indices], images.labels[indices])

@@ -1,0 +1,40 @@
+"""Loss and accuracy over a whole set, in large batches, read back once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlth.data.normalise import normalise
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Mean cross-entropy and share of images whose largest logit is the label's."""
+
+    loss: float
+    accuracy: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, pixels: Tensor, labels: Tensor, table: Tensor, *, precision: str, batch: int
+) -> Scores:
+    """Scores of ``model`` in evaluation mode on pixels uint8 [N, H, W, C] and labels int64 [N], unaugmented.
+
+    The model is left in training mode. One host read, at the end.
+    """
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float32 if pixels.device.type == "mps" else torch.float64, device=pixels.device)
+    hits = torch.zeros((), dtype=torch.int64, device=pixels.device)
+    for images, target in zip(torch.split(pixels, batch), torch.split(labels, batch), strict=True):
+        x = normalise(images.permute(0, 3, 1, 2), table, torch.float32)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(x)
+        loss += F.cross_entropy(logits.float(), target, reduction="sum")
+        hits += (logits.argmax(1) == target).sum()
+    model.train()
+    return Scores(float(loss) / len(labels), int(hits) / len(labels))

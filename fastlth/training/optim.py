@@ -1,0 +1,60 @@
+"""The optimizer of a round: torch's one-pass (fused) SGD, Adam or AdamW over masked gradients.
+
+A pruned weight is 0 when a round starts, its gradient is set to 0 before the update, and the optimizer
+state starts at 0, so the update of any of these optimizers, weight decay included, leaves it at +0.0.
+State tensors are made once and zeroed at each rewind: they keep their addresses through all rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastlth.recipe import TrainSection
+
+
+class MaskedOptimizer:
+    """Owns the optimizer state and the learning rate, a device scalar, for named parameters."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], train: TrainSection) -> None:
+        self.parameters = dict(parameters)
+        device = next(iter(self.parameters.values())).device
+        self.lr = torch.tensor(train.lr, dtype=torch.float32, device=device)
+        self._optimizer, slots = _make(list(self.parameters.values()), train, self.lr)
+        self.state: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            own = {slot: torch.zeros_like(p, memory_format=torch.preserve_format) for slot in slots}
+            if train.optimizer != "sgd":
+                own["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            self._optimizer.state[p] = own
+            self.state |= {f"{name}/{slot}": value for slot, value in own.items()}
+
+    def reset(self) -> None:
+        """Forget everything: a rewound net starts with a fresh optimizer."""
+        for value in self.state.values():
+            value.zero_()
+
+    def step(self, gradients: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
+        """One update in place. ``pruned`` holds bool tensors, True where a weight is pruned; what the gradient
+        says there, NaN included, is ignored."""
+        for name, gradient in gradients.items():
+            if name in pruned:
+                gradient.masked_fill_(pruned[name], 0.0)
+            self.parameters[name].grad = gradient
+        self._optimizer.step()
+        for p in self.parameters.values():
+            p.grad = None
+
+
+def _make(
+    parameters: list[torch.nn.Parameter], train: TrainSection, lr: Tensor
+) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
+    if train.optimizer == "sgd":
+        sgd = torch.optim.SGD(parameters, lr=lr, momentum=train.momentum, nesterov=train.nesterov,
+                              weight_decay=train.weight_decay, fused=True)  # fmt: skip
+        return sgd, ("momentum_buffer",) if train.momentum else ()
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    adam = kind(parameters, lr=lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True)
+    return adam, ("exp_avg", "exp_avg_sq")

@@ -1,0 +1,56 @@
+"""The training step: assemble the batch, forward, loss, backward, masked update. Reads nothing back to the host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from fastlth_kernels.philox import Key
+from torch import Tensor, nn
+
+from fastlth.data.augment import AUGMENT
+from fastlth.data.loader import Batch
+from fastlth.data.normalise import normalise
+from fastlth.training.optim import MaskedOptimizer
+
+
+class Step:
+    """One step of SGD or Adam on uint8 images, in place on the model's parameters.
+
+    ``pruned`` maps prunable weights to bool tensors, True where pruned; the tensors may change in place
+    between steps. The forward pass sees ordinary weights: they are kept masked where they change, in the update.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: MaskedOptimizer, pruned: Mapping[str, Tensor], table: Tensor,
+        *, augment: str = "none", augment_key: Key = (0, 0), precision: str = "fp32", compiled: bool = False,
+    ) -> None:  # fmt: skip
+        self.optimizer, self.pruned = optimizer, pruned
+        augmentation, device_type = AUGMENT[augment], table.device.type
+
+        def loss_and_hits(images: Tensor, labels: Tensor, epoch: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+            x = normalise(augmentation(images, epoch, position, augment_key), table, torch.float32)
+            with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(x)
+            logits = logits.float()
+            return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+
+        self._loss_and_hits: Callable[..., tuple[Tensor, Tensor]] = loss_and_hits
+        if compiled:
+            # torch reports there that it found no CUDA toolkit, which says nothing about the run
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+            self._loss_and_hits = torch.compile(loss_and_hits, fullgraph=True, dynamic=False)
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss and number of hits of the batch before the update, device scalars (float32, int64)."""
+        device = batch.images.device
+        epoch = torch.full((), batch.epoch, dtype=torch.int64, device=device)
+        position = torch.full((), batch.position, dtype=torch.int64, device=device)
+        loss, hits = self._loss_and_hits(batch.images, batch.labels, epoch, position)
+        parameters = self.optimizer.parameters
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            self.optimizer.step(dict(zip(parameters, gradients, strict=True)), self.pruned)
+        return loss.detach(), hits

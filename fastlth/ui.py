@@ -1,0 +1,201 @@
+"""What a person sees while a search runs, on stderr, and the guard that turns signals into a safe stop.
+
+Decides nothing: the view is shown events, the guard remembers a signal number.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fastlth.running import Started
+from fastlth.search import Event, InRound, RoundFinished, RoundStarted
+from fastlth.training.trainer import Evaluated
+
+LONG_SECONDS = 600.0  # a search that takes longer than this says so
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class StopGuard:
+    """While it is entered, the first SIGINT, SIGTERM or SIGUSR1 asks for a stop at the next safe point.
+
+    A second SIGINT leaves at once: files are written by renaming, so nothing can be half-written.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> int | None:
+        return self.requested
+
+    def __enter__(self) -> StopGuard:
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.requested = self.requested or number
+        os.write(2, b"\nstopping at the next safe point and saving; Ctrl-C again leaves at once\n")
+
+
+class View:
+    """Shows a search's events: a live bar on a terminal, plain lines elsewhere, and one table at the end."""
+
+    def __init__(self, console: Console, header: str = "", shorter: str = "") -> None:
+        self._console, self._header, self._shorter = console, header, shorter
+        self._progress = Progress(
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}  density {task.fields[density]:.2%}"),
+            BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} it"),
+            TextColumn("{task.fields[rate]:,.0f} images/s  {task.fields[accuracy]}"), _TimeLeft(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", round=0, rounds=0, density=1.0, rate=0.0, accuracy="", left=None)
+        self._pace = _Pace()
+        self._said_long = False
+        self._line_at = time.monotonic()
+
+    def __enter__(self) -> View:
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Started | Event) -> None:
+        match event:
+            case Started():
+                self._started(event)
+            case RoundStarted():
+                self._pace.begin_round(event.round, event.iteration)
+                self._progress.update(
+                    self._task, round=event.round, density=event.density, completed=event.iteration, accuracy=""
+                )
+            case InRound():
+                self._in_round(event)
+            case RoundFinished():
+                self._print(_sentence(event.result))
+
+    def _started(self, event: Started) -> None:
+        recipe, compute = event.recipe, event.compute
+        self._pace = _Pace(recipe.train.iterations, recipe.prune.rounds, recipe.prune.rewind_to)
+        self._progress.update(self._task, rounds=recipe.prune.rounds, total=recipe.train.iterations)
+        if event.replicate[0] == 0 and self._header:
+            self._print(self._header)
+        if event.replicate[1] > 1:
+            self._print(f"replicate {event.replicate[0] + 1} of {event.replicate[1]}, seed {recipe.seeds.base}")
+        how = [compute.device, compute.precision, "compiled" if compute.compile == "on" else "eager"]
+        how += ["channels-last"] if compute.channels_last == "on" else []
+        how += [f"{compute.loader} loader", f"{compute.engine} engine"]
+        how += [f"{compute.threads} thread{'s' if compute.threads > 1 else ''}"] if compute.device == "cpu" else []
+        self._print(f"{', '.join(how)}; {event.path}")
+        if event.measured:
+            self._print("timed: " + "; ".join(f"{k} {v:,.0f} images/s" for k, v in event.measured.items()))
+        if event.resumed:
+            self._print(f"going on after {event.rounds_done} finished rounds")
+        if event.moved:
+            self._print(f"not as it was when this run began ({event.moved}): bits may differ from here on")
+
+    def _in_round(self, event: InRound) -> None:
+        inner = event.event
+        left = self._pace.seconds_left(inner.iteration)
+        self._progress.update(self._task, completed=inner.iteration, left=left)
+        if not isinstance(inner, Evaluated):
+            return
+        accuracy = f"validation {inner.validation.accuracy:.2%}"
+        self._progress.update(self._task, rate=inner.images_per_second, accuracy=accuracy)
+        if left is not None and not self._said_long:
+            self._said_long = True
+            if left > LONG_SECONDS:
+                self._print(f"about {duration(left)} to go at this speed{self._shorter}")
+        if not self._console.is_terminal and time.monotonic() - self._line_at > PLAIN_EVERY:
+            self._print(f"round {event.round}  iteration {inner.iteration:,}  {inner.images_per_second:,.0f} images/s  "
+                        f"{accuracy}" + (f"  {duration(left)} left" if left is not None else ""))  # fmt: skip
+
+    def _print(self, line: str) -> None:
+        self._line_at = time.monotonic()
+        self._progress.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+class _Pace:
+    """Seconds per iteration, evaluations included, since this process began to train."""
+
+    SETTLED = 3.0
+
+    def __init__(self, iterations: int = 1, rounds: int = 0, rewind_to: int = 0) -> None:
+        self._iterations, self._rounds, self._rewind_to = iterations, rounds, rewind_to
+        self._began = time.monotonic()
+        self._done = 0
+        self._round, self._at = 0, 0
+
+    def begin_round(self, round: int, iteration: int) -> None:
+        self._round, self._at = round, iteration
+
+    def seconds_left(self, iteration: int) -> float | None:
+        """For all rounds still to come, or None while it is too early to say."""
+        self._done += iteration - self._at
+        self._at = iteration
+        elapsed = time.monotonic() - self._began
+        if elapsed < self.SETTLED or self._done == 0:
+            return None
+        later = (self._rounds - self._round) * (self._iterations - self._rewind_to)
+        return elapsed / self._done * (self._iterations - iteration + later)
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.fields["left"]
+        return Text("" if left is None else f"{duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """3 h 12 min, 4 min 5 s or 12 s."""
+    s = round(seconds)
+    if s >= 86_400:
+        return f"{s // 86_400} d {s % 86_400 // 3600} h"
+    if s >= 3600:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 60} min {s % 60} s" if s >= 60 else f"{s} s"
+
+
+def rounds_table(rounds: Sequence[Mapping[str, Any]], winner: int | None, spread: bool = False) -> Table:
+    """One row per round; the winning ticket is marked."""
+    title = "means over replicates" if spread else None
+    table = Table(title=title, box=None, pad_edge=False, header_style="bold")
+    for column in ("round", "density", "kept", "early stop", "test acc. there", "test acc. at end", "seconds", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    for r in rounds:
+        mark = "winning ticket" if r["round"] == winner else "dense" if r["round"] == 0 else ""
+        table.add_row(
+            str(r["round"]), f"{r['density']:.2%}", f"{r['kept']:,.0f}", f"{r['early_stop_iteration']:,.0f}",
+            f"{r['early_stop_test_accuracy']:.2%}", f"{r['test_accuracy']:.2%}", f"{r['seconds']:.1f}", mark,
+            style="bold green" if r["round"] == winner else None,
+        )  # fmt: skip
+    return table
+
+
+def _sentence(r: Mapping[str, Any]) -> str:
+    return (
+        f"round {r['round']:>2}  density {r['density']:7.2%}  early stop {r['early_stop_iteration']:>6,}  "
+        f"test {r['early_stop_test_accuracy']:.2%} there, {r['test_accuracy']:.2%} at the end  "
+        f"{duration(r['seconds'])} at {r['images_per_second']:,.0f} images/s"
+    )
+
+

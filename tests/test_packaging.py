@@ -1,0 +1,119 @@
+"""The wheel holds what it should, works outside a checkout, and the pins cover what is declared."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {"fastlth": ROOT / "fastlth", "fastlth_kernels": ROOT / "kernels" / "fastlth_kernels"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def _run(*command: str | Path, cwd: Path) -> str:
+    """Standard output of a command that does not see this checkout through the environment."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "COV_"))}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy so that nothing is left in the checkout."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for folder in PACKAGES.values():
+        shutil.copytree(folder, source / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path_factory.mktemp("wheel")
+    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
+    [built] = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the programs of a fresh environment: the wheel, and this environment's third parties."""
+    home = tmp_path_factory.mktemp("clean")
+    venv.create(home, with_pip=False, symlinks=os.name != "nt")
+    programs = home / ("Scripts" if os.name == "nt" else "bin")
+    # Folders named in a .pth file are searched, but their own .pth files, by which an editable
+    # install of the checkout would be found, are not read.
+    third_parties = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    purelib = Path(_run(programs / "python", "-c", ask, cwd=home).strip())
+    (purelib / "third-parties.pth").write_text("\n".join(third_parties) + "\n", encoding="utf-8")
+    _run(sys.executable, "-m", "pip", "--python", programs / "python", "install",
+         "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=home)  # fmt: skip
+    return programs
+
+
+def test_wheel_top_level_is_exactly_the_two_packages(wheel: Path) -> None:
+    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert top == {*PACKAGES, f"fastlth-{PROJECT['version']}.dist-info"}
+
+
+def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    wanted = {
+        (name / path.relative_to(folder)).as_posix()
+        for name, folder in ((Path(n), f) for n, f in PACKAGES.items())
+        for pattern in ("*.py", "*.toml", "py.typed")
+        for path in folder.rglob(pattern)
+    }
+    assert {"fastlth/presets/paper.toml", "fastlth/py.typed", "fastlth_kernels/py.typed"} <= wanted
+    missing = wanted - set(zipfile.ZipFile(wheel).namelist())
+    assert not missing, "in the checkout but not in the wheel (is an __init__.py missing?)"
+
+
+def test_installed_wheel_composes_a_recipe_from_a_preset(installed: Path, tmp_path: Path) -> None:
+    code = """
+import fastlth, fastlth_kernels
+composed = fastlth.compose("vgg19", "cifar-10")
+print(fastlth.__file__, fastlth_kernels.__file__, fastlth.__version__, sep="\\n")
+print(composed.preset, composed.recipe.train.batch_size, sep="\\n")
+"""
+    ours, kernels, version, preset, batch_size = _run(installed / "python", "-c", code, cwd=tmp_path).splitlines()
+    home = installed.parent.resolve()
+    assert home in Path(ours).resolve().parents
+    assert home in Path(kernels).resolve().parents
+    assert (version, preset, batch_size) == (PROJECT["version"], "paper", "64")
+
+
+@pytest.mark.parametrize("command", [["python", "-m", "fastlth"], ["fastlth"]], ids=" ".join)
+def test_installed_command_answers(installed: Path, tmp_path: Path, command: list[str]) -> None:
+    program, *arguments = command
+    assert "find-ticket" in _run(installed / program, *arguments, "--help", cwd=tmp_path)
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(r).name) for r in requirements}
+
+
+def test_extras_exist() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert {"ffcv", "ray", "wandb", "tensorboard", "onnx", "report", "test", "lint"} <= set(extras)
+    optional = _names([r for e in ("ffcv", "ray", "wandb", "tensorboard", "onnx") for r in extras[e]])
+    assert not optional & _names(PROJECT["dependencies"]), "an extra is also required"
+
+
+def test_constraints_pin_what_setup_installs() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    exact = {canonicalize_name(r.name): str(r.specifier).removeprefix("==") for r in pins}
+    assert all(str(r.specifier).startswith("==") and r.url is None for r in pins)
+    extras = PROJECT["optional-dependencies"]
+    declared = PROJECT["dependencies"] + [r for e in ("ffcv", "report", "test", "lint") for r in extras[e]]
+    assert _names(declared) <= set(exact)
+    outside = [r for r in map(Requirement, declared) if not r.specifier.contains(exact[canonicalize_name(r.name)])]
+    assert not outside, "the pinned version lies outside the declared range"

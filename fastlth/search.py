@@ -112,7 +112,7 @@ def find_tickets(
         for name, mask in masks.items():
             pruned_at[name][(mask & ~new[name]).cpu().numpy()] = round + 1
         masks = new
-        result = round_result(engine, progress, round, density, kept)
+        result = round_result(engine, recipe, progress, round, density, kept)
         results.append(result)
         yield RoundFinished(round, result, Ticket(
             recipe=recipe, resolved={}, rewind=rewind, rewind_iteration=recipe.prune.rewind_to,
@@ -153,8 +153,14 @@ def _training(engine: Engine, recipe: Recipe, progress: Progress, round: int) ->
         raise DivergedError(f"round {round}: {error}") from None
 
 
-def round_result(engine: Engine, progress: Progress, round: int, density: float, kept: int) -> dict[str, Any]:
-    """A finished round in the form of ``find-ticket --json``: accuracies and densities are fractions, times seconds."""
+def round_result(
+    engine: Engine, recipe: Recipe, progress: Progress, round: int, density: float, kept: int
+) -> dict[str, Any]:
+    """A finished round in the form of ``find-ticket --json``: accuracies and densities are fractions, times seconds.
+
+    ``train_accuracy`` is at the end, over all training images, or over as many as the round has made steps for:
+    a run of thirty steps should not spend most of its time on it.
+    """
     return {
         "round": round,
         "density": density,
@@ -164,7 +170,7 @@ def round_result(engine: Engine, progress: Progress, round: int, density: float,
         "early_stop_validation_accuracy": progress.early_stop_validation_accuracy,
         "early_stop_test_accuracy": progress.early_stop_test_accuracy,
         "test_accuracy": progress.test_accuracy,
-        "train_accuracy": engine.evaluate("train").accuracy,
+        "train_accuracy": engine.evaluate("train", progress.iteration * recipe.train.batch_size).accuracy,
         "engine": engine.name,
         "seconds": progress.seconds,
         "images_per_second": progress.images / max(progress.training_seconds, 1e-9),

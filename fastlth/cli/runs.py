@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastlth.cli.options import Json, Out
 
@@ -18,7 +19,7 @@ def runs(out: Out = Path("runs"), json: Json = False) -> None:
     from fastlth.store.inspect import summary
     from fastlth.store.listing import list_runs
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in list_runs(out):
         ticket = run.path / "search.ticket"
         winner = winning_round([summary(ticket).rounds]) if run.rounds_done and not run.problem else None
@@ -39,12 +40,11 @@ def runs(out: Out = Path("runs"), json: Json = False) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         winner_text = "-" if row["winning_round"] is None else f"round {row['winning_round']}"
-        table.add_row(str(row["run"]), str(row["model"]), str(row["dataset"]), str(row["seed"]),
-                      (row["problem"] and "damaged") or f"{row['rounds_done']}/{row['rounds_asked']}",
-                      winner_text, f"{run_size(int(str(row['bytes'])))}")  # fmt: skip
+        done = "damaged" if row["problem"] else f"{row['rounds_done']}/{row['rounds_asked']}"
+        table.add_row(row["run"], row["model"], row["dataset"], str(row["seed"]), done, winner_text, size(row["bytes"]))
     screen.print(table)
 
 
-def run_size(count: int) -> str:
+def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

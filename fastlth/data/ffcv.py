@@ -107,13 +107,14 @@ def _next(running: Any) -> tuple[Tensor, Tensor]:
     Not ``next(running)``, which would wait for ever once the reading thread has died.
     """
     while True:
-        alive = running.is_alive()
-        try:
-            _, (pixels, labels) = running.output_queue.get(timeout=1 if alive else 0)
+        item, alive = None, running.is_alive()
+        with contextlib.suppress(queue.Empty):
+            item = running.output_queue.get(timeout=1 if alive else 0)
+        if item is not None:
+            _, (pixels, labels) = item
             return pixels, labels
-        except queue.Empty:
-            if not alive:
-                raise EnvironmentFailure("FFCV stopped reading its .beton file; use --loader resident") from None
+        if not alive:
+            raise EnvironmentFailure("FFCV stopped reading its .beton file; use --loader resident")
 
 
 def _stop(running: Any) -> None:
@@ -167,6 +168,8 @@ def beton(images: Images, cache: Path) -> Path:
     Raises EnvironmentFailure where it cannot be written.
     """
     path = cache / f"{digest(images)[:16]}.beton"
+    if _whole(path, images):
+        return path  # and nothing is written, not even a lock: the folder may be read-only
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -212,9 +215,12 @@ def _write(path: Path, images: Images) -> None:
     try:
         metadata = np.zeros(len(images.labels), writer.metadata_type)
         allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
-        with allocator:
-            for i, sample in enumerate(zip(images.pixels, images.labels, strict=True)):
-                handle_sample(sample, i, metadata.dtype.names, metadata, allocator, fields)
+        try:
+            with allocator:
+                for i, sample in enumerate(zip(images.pixels, images.labels, strict=True)):
+                    handle_sample(sample, i, metadata.dtype.names, metadata, allocator, fields)
+        finally:
+            allocator.fp.close()  # FFCV leaves it open where a page cannot be written
         writer.metadata_sm.buf[: metadata.nbytes] = metadata.tobytes()
         writer.finalize([allocator.allocations])
     finally:

@@ -39,4 +39,4 @@ def retrain(
     progress = Progress(ticket.file.rewind_iteration)
     for _ in train(engine, recipe, progress):
         pass
-    return round_result(engine, progress, round, ticket.file.density(round), mask_tools.kept(masks))
+    return round_result(engine, recipe, progress, round, ticket.file.density(round), mask_tools.kept(masks))

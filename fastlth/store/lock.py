@@ -7,6 +7,7 @@ removed, since a lock on a removed file guards nothing.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -33,22 +34,17 @@ class Lock:
             raise atomic.explain(error, path) from error
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            holder = {
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            os.ftruncate(self._fd, 0)
-            atomic.write_all(self._fd, json.dumps(holder).encode())
         except BlockingIOError as error:
-            holder_text = _describe(self._fd)
+            holder = _describe(self._fd)
             os.close(self._fd)
-            raise RunLockedError(
-                f"{path.parent} is in use by {holder_text}; wait for it to end, or stop it"
-            ) from error
+            message = f"{path.parent} is in use by {holder}; wait for it to end, or stop it"
+            raise RunLockedError(message) from error
         except OSError as error:
             os.close(self._fd)
             raise atomic.explain(error, path) from error
+        with contextlib.suppress(OSError):  # a courtesy: on a full disk the lock holds without a name in it
+            os.ftruncate(self._fd, 0)
+            atomic.write_all(self._fd, _name())
 
     def release(self) -> None:
         """Let go, once; nothing happens the second time."""
@@ -56,6 +52,11 @@ class Lock:
             os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
+
+
+def _name() -> bytes:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}).encode()
 
 
 def _describe(fd: int) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,10 @@ from fastlth.training.engines.base import Engine
 # bf16 changes which weights rank lowest, so it must be clearly faster, not a coin toss between two runs.
 BF16_GAIN = 1.25
 COMPILE_GAIN = 1.05
+# Threads that wait for each other collapse beside a busy process, the more the shorter a step is; so a small net
+# gets one thread unless more are clearly faster.
 ONE_THREAD_BONUS = 1.1
+SMALL_STEP_SECONDS = 0.02
 MEASURE_SECONDS = 1.0
 # Compiling takes half a minute to a minute: it is tried where it can be a few percent of the search at most.
 COMPILE_WORTH_SECONDS = 1800.0
@@ -81,19 +84,21 @@ def resolve(recipe: Recipe, make_engine: Callable[[Recipe], Engine]) -> Resolved
         channels_last=asked.channels_last if asked.channels_last != "auto" else _channels_last(recipe),
     )  # fmt: skip
     precisions = ["fp32", "bf16"] if asked.precision == "auto" else [asked.precision]
-    choose_threads = fixed.device == "cpu" and not asked.threads and fixed.threads > 1
-    threads = [fixed.threads, 1] if choose_threads else [fixed.threads]
-    candidates = [dataclasses.replace(fixed, precision=p, threads=t) for p in precisions for t in threads]
+    chosen = dataclasses.replace(fixed, precision=precisions[0])
     rates: dict[str, float] = {}
-    chosen = candidates[0]
-    if len(candidates) > 1:
-        measured = _measure(recipe, candidates, make_engine)
+    if fixed.device == "cpu" and not asked.threads and fixed.threads > 1:
+        alone = dataclasses.replace(chosen, threads=1)
+        measured = _measure(recipe, [chosen, alone], make_engine)
         rates |= {_label(c): rate for c, rate in measured.items()}
-        by_precision = {p: _fewest_threads(p, measured) for p in precisions}
-        chosen = by_precision[precisions[0]]
-        for other in precisions[1:]:
-            if measured[by_precision[other]] > BF16_GAIN * measured[chosen]:
-                chosen = by_precision[other]
+        small = recipe.train.batch_size / measured[alone] < SMALL_STEP_SECONDS
+        if small and measured[alone] > measured[chosen] / ONE_THREAD_BONUS:
+            chosen = alone
+    for other in precisions[1:]:
+        candidate = dataclasses.replace(chosen, precision=other)
+        measured = _measure(recipe, [chosen, candidate], make_engine)
+        rates |= {_label(c): rate for c, rate in measured.items()}
+        if measured[candidate] > BF16_GAIN * measured[chosen]:
+            chosen = candidate
     if asked.compile == "auto":
         eager = rates.get(_label(chosen)) or _measure(recipe, [chosen], make_engine)[chosen]
         if _images_ahead(recipe) / eager > COMPILE_WORTH_SECONDS:
@@ -108,12 +113,6 @@ def resolve(recipe: Recipe, make_engine: Callable[[Recipe], Engine]) -> Resolved
 def _label(compute: ComputeSection) -> str:
     plural = "s" if compute.threads > 1 else ""
     return f"{compute.precision}, {compute.threads} thread{plural}{', compiled' if compute.compile == 'on' else ''}"
-
-
-def _fewest_threads(precision: str, measured: Mapping[ComputeSection, float]) -> ComputeSection:
-    """One thread unless more are clearly faster: threads that wait for each other collapse beside a busy process."""
-    same = sorted((c for c in measured if c.precision == precision), key=lambda c: c.threads)
-    return max(same, key=lambda c: measured[c] * (ONE_THREAD_BONUS if c.threads == 1 else 1.0))
 
 
 def _measure(

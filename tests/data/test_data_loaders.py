@@ -166,13 +166,17 @@ def test_a_reader_that_died_is_an_error_not_a_hang(cache: Path) -> None:
 def test_ffcv_leaves_threads_and_random_numbers_alone(cache: Path) -> None:
     import numba
 
+    threads = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(2)
     numba.set_num_threads(1)
     before = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     loader = ffcv.FfcvLoader(some_images(1), np.arange(60), Order(60, 4, True, (0, 3)), CPU, cache)
     list(loader.batches(0, 20))
     loader.close()
-    assert (torch.get_num_threads(), numba.get_num_threads()) == (2, 1)
+    after = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(threads[0])
+    numba.set_num_threads(threads[1])
+    assert after == (2, 1)
     assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
@@ -188,6 +192,20 @@ def test_the_beton_is_written_once_per_content(tmp_path: Path) -> None:
     assert ffcv.beton(other, path.parent) != path
     left = {p.name for p in path.parent.iterdir() if p.suffix != ".lock"}
     assert left == {path.name, ffcv.beton(other, path.parent).name}
+
+
+@needs_ffcv
+def test_a_beton_that_is_there_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ffcv.beton(some_images(1), tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(ffcv, "FileLock", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    assert ffcv.beton(some_images(1), tmp_path) == path
+    with pytest.raises(EnvironmentFailure, match="Permission denied"):
+        ffcv.beton(some_images(3), tmp_path)
 
 
 @needs_ffcv

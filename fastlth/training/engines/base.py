@@ -41,8 +41,8 @@ class Engine(Protocol):
     def interval(self) -> Scores:
         """Training loss and accuracy over the steps since the last call (or rewind), and begin anew."""
 
-    def evaluate(self, split: str) -> Scores:
-        """Scores on "train", "validation" or "test", unaugmented, in evaluation mode."""
+    def evaluate(self, split: str, images: int | None = None) -> Scores:
+        """Scores on "train", "validation" or "test", or their first ``images``, unaugmented, in evaluation mode."""
 
     def weights(self) -> dict[str, Tensor]:
         """The present parameters and buffers (live tensors, not copies)."""

@@ -94,8 +94,8 @@ class DenseEngine:
         for name, pruned in self._pruned.items():
             self._optimizer.parameters[name].masked_fill_(pruned, 0.0)
 
-    def evaluate(self, split: str) -> Scores:
-        pixels, labels = self._splits[split]
+    def evaluate(self, split: str, images: int | None = None) -> Scores:
+        pixels, labels = (tensor[:images] for tensor in self._splits[split])
         return evaluate(self.model, pixels, labels, self._table,
                         precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
 

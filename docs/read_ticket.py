@@ -1,26 +1,25 @@
-"""A second reader of search.ticket, from docs/ticket-format.md alone: numpy, json and zlib.
-
-    python docs/read_ticket.py search.ticket        prints the density of every round
-"""
+"""A second reader of search.ticket: `python docs/read_ticket.py search.ticket` prints all densities."""
 
 import hashlib
 import json
 import struct
 import sys
 import zlib
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
           "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?"}  # fmt: skip
 
 
-def check(good, what):
+def check(good: bool, what: str) -> None:
     if not good:
         sys.exit(f"damaged ticket: {what}")
 
 
-def decode(data, info):
+def decode(data: bytes, info: dict[str, Any]) -> NDArray[Any]:
     """The array behind byte planes."""
     planes, start = [], 0
     for kind, length in info["planes"]:
@@ -32,7 +31,7 @@ def decode(data, info):
     return np.frombuffer(raw, DTYPES[info["dtype"]]).reshape(info["shape"])
 
 
-def read(path):
+def read(path: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
     """(description, rewind values, pruned_at); a ticket that keeps a seed has no rewind values."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -40,7 +39,7 @@ def read(path):
     header = json.loads(text)
     meta = header.pop("__metadata__")
     without = text.replace(f'"header_sha256":"{meta["header_sha256"]}",', "")
-    check(hashlib.sha256(without.encode()).hexdigest() == meta["header_sha256"], "the header's sha256 differs")
+    check(hashlib.sha256(without.encode()).hexdigest() == meta["header_sha256"], "header's sha256 differs")
     check((meta["format"], meta["schema"]) == ("fastlth ticket", "1"), "not a ticket of schema 1")
     part = {name: data[slice(*entry["data_offsets"])] for name, entry in header.items()}
     for name, digest in json.loads(meta["sha256"]).items():
@@ -48,8 +47,8 @@ def read(path):
     ticket = json.loads(meta["ticket"])
     stored = {} if "theta0_seed" in ticket else ticket["rewind"]
     rewind = {name: decode(part[f"rewind/{name}"], info) for name, info in stored.items()}
-    pruned_at = {name: decode(part[f"pruned_at/{name}"], info) for name, info in ticket["pruned_at"].items()}
-    return ticket, rewind, pruned_at
+    masks = ticket["pruned_at"].items()
+    return ticket, rewind, {name: decode(part[f"pruned_at/{name}"], info) for name, info in masks}
 
 
 if __name__ == "__main__":

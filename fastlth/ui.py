@@ -77,7 +77,8 @@ class View:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def __call__(self, event: Started | Event) -> None:
         match event:

@@ -36,13 +36,14 @@ class MaskedOptimizer:
         for value in self.state.values():
             value.zero_()
 
-    def step(self, gradients: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-        """One update in place. ``pruned`` holds bool tensors, True where a weight is pruned; what the gradient
-        says there, NaN included, is ignored."""
-        for name, gradient in gradients.items():
-            if name in pruned:
-                gradient.masked_fill_(pruned[name], 0.0)
-            self.parameters[name].grad = gradient
+    @torch.no_grad()
+    def step(self, pruned: Mapping[str, Tensor]) -> None:
+        """One update in place, by the gradients in ``.grad``, which are gone afterwards. ``pruned`` holds bool
+        tensors, True where a weight is pruned; what the gradient says there, NaN included, is ignored."""
+        for name, mask in pruned.items():
+            gradient = self.parameters[name].grad
+            assert gradient is not None, f"{name} took no part in the loss"
+            gradient.masked_fill_(mask, 0.0)
         self._optimizer.step()
         for p in self.parameters.values():
             p.grad = None

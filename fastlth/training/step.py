@@ -49,8 +49,8 @@ class Step:
         epoch = torch.full((), batch.epoch, dtype=torch.int64, device=device)
         position = torch.full((), batch.position, dtype=torch.int64, device=device)
         loss, hits = self._loss_and_hits(batch.images, batch.labels, epoch, position)
-        parameters = self.optimizer.parameters
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        with torch.no_grad():
-            self.optimizer.step(dict(zip(parameters, gradients, strict=True)), self.pruned)
+        # backward() and not autograd.grad(): it lays gradients out like their weights, which a compiled graph does
+        # not, and the fused optimizers walk through memory without looking at strides.
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(self.pruned)
         return loss.detach(), hits

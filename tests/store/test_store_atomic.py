@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "i"), OSError(errno.ENOSPC, "f"), KeyboardInterrupt()], ids=repr)
 def test_write_leaves_the_old_file_or_the_new_one(disk: Disk, tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"
-    parts = [b"new", memoryview(b" content"), bytearray(b" here")]
+    parts: list[atomic.Buffer] = [b"new", memoryview(b" content"), bytearray(b" here")]
     atomic.write(path, parts)
     steps = ["open_new", *["write_all"] * 3, "sync", "replace", "sync"]
     assert disk.calls == steps
@@ -236,12 +237,13 @@ while True:
 def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"a" * 3_000_000)
-    for _ in range(8):
+    for pause in range(8):
         child = subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE,
                                  env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"})  # fmt: skip
         assert child.stdout is not None
         with child, child.stdout:
             child.stdout.readline()
+            time.sleep(0.003 * pause)
             child.send_signal(signal.SIGKILL)
         assert set(path.read_bytes()) in ({ord("a")}, {ord("b")})
         assert path.stat().st_size == 3_000_000

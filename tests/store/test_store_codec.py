@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -112,13 +113,23 @@ def test_a_stream_that_is_longer_or_shorter_than_declared_is_refused() -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
-    bomb = zlib.compress(bytes(1 << 20), 9)
-    info = {**codec.describe(np.zeros(1 << 20, np.uint8)), "planes": [["huffman", len(bomb)]]}
+    bomb = zlib.compress(bytes(1 << 26), 9)
+    info = {**codec.describe(np.zeros(1 << 26, np.uint8)), "planes": [["huffman", len(bomb)]]}
+    tracemalloc.start()
     with pytest.raises(ValueError, match="more data than it can hold"):
         codec.decode(np.frombuffer(bomb, np.uint8), info)
     info["shape"] = [8 * len(bomb)]  # as much as may be; the stream holds more
     with pytest.raises(ValueError, match="longer or shorter"):
         codec.decode(np.frombuffer(bomb, np.uint8), info)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_one_byte_does_not_stand_for_many() -> None:
+    info = {**codec.describe(np.full(8, 7, np.uint8)), "planes": [["raw", 1]]}
+    with pytest.raises(ValueError, match="longer or shorter"):
+        codec.decode(np.full(1, 7, np.uint8), info)
 
 
 def test_dtypes_that_cannot_be_stored_are_named() -> None:

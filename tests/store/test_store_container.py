@@ -49,7 +49,7 @@ def test_round_trip_and_what_safetensors_reads(tmp_path: Path) -> None:
     assert_equal(got, tensors)
     assert strings == metadata
     with safe_open(path, "numpy") as file:
-        assert_equal({name: file.get_tensor(name) for name in file.keys()}, tensors)  # noqa: SIM118
+        assert_equal({name: file.get_tensor(name) for name in file.keys()}, tensors)
         assert metadata.items() <= file.metadata().items()
 
 
@@ -58,6 +58,14 @@ def test_bytes_depend_on_the_content_alone(tmp_path: Path) -> None:
     container.write(tmp_path / "a", tensors, metadata)
     container.write(tmp_path / "b", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_arrays_lie_by_size_then_name_so_that_all_are_aligned(tmp_path: Path) -> None:
+    kinds = {"b": "F32", "a": "U8", "z": "F64", "c": "F32", "B": "F32"}
+    container.write(tmp_path / "a", {n: np.zeros(3, container.DTYPES[d]) for n, d in kinds.items()}, {})
+    header = container.read_header(tmp_path / "a")
+    assert [(n, s.begin) for n, s in header.slots.items()] == [("z", 0), ("B", 24), ("b", 36), ("c", 48), ("a", 60)]
+    assert (tmp_path / "a").read_bytes()[0] % 8 == 0
 
 
 @settings(deadline=None, max_examples=60)
@@ -141,6 +149,12 @@ def _spaced() -> bytes:
     return forge(json.dumps(json.loads(good[8 : 8 + length])).encode(), b"abcd", sign=False)
 
 
+def _hashes(hashes: Any) -> bytes:
+    header: dict[str, Any] = {"a": slot(0, 4), "__metadata__": {"sha256": strict_json.dumps(hashes)}}
+    header["__metadata__"]["header_sha256"] = hashlib.sha256(strict_json.dumps(header).encode()).hexdigest()
+    return forge(strict_json.dumps(header).encode(), b"abcd", sign=False)
+
+
 HOSTILE: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "no header": lambda: bytes(8),
@@ -160,6 +174,11 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "metadata is a list": lambda: forge(b'{"__metadata__":[]}', sign=False),
     "metadata is a number": lambda: forge({"__metadata__": {"a": 1}}),
     "no hashes": lambda: forge(b'{"__metadata__":{}}', sign=False),
+    "honest, but a header of 9 MB": lambda: forge({"__metadata__": {"long": "x" * 9_000_000}}),
+    "a hash too few": lambda: _hashes({}),
+    "a hash too many": lambda: _hashes({"a": hashlib.sha256(b"abcd").hexdigest(), "b": ""}),
+    "hashes are a list": lambda: _hashes(["a"]),
+    "hash of another array": lambda: _hashes({"a": hashlib.sha256(b"abce").hexdigest()}),
     "a key twice": _twice,
     "white space": _spaced,
     "overlap": lambda: forge({"a": slot(0, 4), "b": slot(2, 6)}, b"abcdef"),
@@ -232,7 +251,7 @@ def test_hostile_file(name: str, tmp_path: Path) -> None:
 
 
 def test_paths_that_are_no_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(TicketError, match="there is no file .*missing"):
+    with pytest.raises(TicketError, match=r"there is no file .*missing"):
         container.read(tmp_path / "missing")
     with pytest.raises(TicketError, match="is not a file"):
         container.read(tmp_path)
@@ -252,13 +271,14 @@ def test_max_bytes(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_back_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    for tensors, metadata in [
+    cases: list[tuple[Arrays, dict[str, str]]] = [
         ({"__metadata__": np.zeros(1)}, {}),
         ({}, {"sha256": ""}),
         ({}, {"header_sha256": ""}),
         ({}, {"long": "x" * container.MAX_HEADER}),
         ({"c": np.zeros(1, np.complex128)}, {}),
-    ]:
+    ]
+    for tensors, metadata in cases:
         with pytest.raises(ValueError):
             container.write(path, tensors, metadata)
         assert list(tmp_path.iterdir()) == []

@@ -238,7 +238,11 @@ class StoreSection:
     theta0: str = "stored"
     """stored, or seed: the ticket holds hashes of theta0, which is made again from the seed when it is read"""
 
+    keep_weights: str = "none"
+    """none, last or all: whether trained weights stay on disk (survivors only)"""
+
     def __post_init__(self) -> None:
+        _choice("store.keep_weights", self.keep_weights, ("none", "last", "all"))
         _choice("store.theta0", self.theta0, ("stored", "seed"))
         _check("store.save_every", 0 < self.save_every < float("inf"), "be greater than 0", self.save_every)
 

@@ -17,6 +17,8 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any
 
+from numpy.typing import NDArray
+
 from fastlth.data.sources import Source, data_root, load
 from fastlth.errors import DeviceError, Stopped
 from fastlth.metrics import record
@@ -24,6 +26,7 @@ from fastlth.models import INIT_VERSION, skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.search import Event, InRound, RoundFinished, find_tickets, over, winning_round
+from fastlth.store import weights
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import Run, State
 from fastlth.store.ticket import EncodedTheta, Ticket
@@ -166,7 +169,7 @@ def _run_one(
                 if saver.due():
                     saver.state(event)
             elif isinstance(event, RoundFinished):
-                saver.ticket(event.ticket)
+                saver.round(event)
                 rounds = event.ticket.rounds
     return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
 
@@ -205,6 +208,7 @@ class _Saver:
     def __init__(self, directory: Run, recipe: Recipe, metrics: MetricsFile) -> None:
         self._directory, self._every, self._metrics = directory, recipe.store.save_every, metrics
         self._in_seed = recipe.store.theta0 == "seed"
+        self._keep = recipe.store.keep_weights
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fastlth-save")
         self._pending: list[Future[None]] = []
         self._theta: EncodedTheta | None = None
@@ -226,21 +230,27 @@ class _Saver:
         self._saved = time.monotonic()
         self._cost = self._saved - started
 
-    def ticket(self, ticket: Ticket) -> None:
+    def round(self, event: RoundFinished) -> None:
         self._settle()
+        ticket = event.ticket
         self._metrics.sync()
         whole = dataclasses.replace(
             ticket, resolved=self._directory.resolved or {}, metrics_bytes=self._metrics.bytes,
             theta0_seed={"init_version": INIT_VERSION} if self._in_seed else None,
         )  # fmt: skip
-        self._submit(self._save_ticket, whole)
+        self._submit(self._save_round, whole, event.trained() if self._keep != "none" else None)
         self._saved = time.monotonic()
 
-    def _save_ticket(self, ticket: Ticket) -> None:
+    def _save_round(self, ticket: Ticket, trained: Mapping[str, NDArray[Any]] | None) -> None:
+        path, last = self._directory.path, len(ticket.rounds) - 1
+        if trained is not None:
+            weights.save(path, last, trained, ticket.mask(last), ticket.recipe.digest)
         if self._theta is None:
             self._theta = EncodedTheta.of(ticket.rewind, stored=not self._in_seed)
         self._directory.save_ticket(ticket, theta=self._theta)
         self._directory.drop_state()
+        if self._keep == "last" and last:
+            weights.drop(path, last - 1)
 
     def _submit(self, call: Callable[..., None], *args: object) -> None:
         self._pending.append(self._thread.submit(call, *args))

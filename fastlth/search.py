@@ -57,6 +57,8 @@ class RoundFinished:
     round: int
     result: dict[str, Any]
     ticket: Ticket
+    trained: Callable[[], Arrays]
+    """copies the weights as the round left them; call it before the next event"""
 
 
 Event = RoundStarted | InRound | RoundFinished
@@ -114,10 +116,11 @@ def find_tickets(
         masks = new
         result = round_result(engine, recipe, progress, round, density, kept)
         results.append(result)
-        yield RoundFinished(round, result, Ticket(
+        found = Ticket(
             recipe=recipe, resolved={}, rewind=rewind, rewind_iteration=recipe.prune.rewind_to,
             pruned_at={n: at.copy() for n, at in pruned_at.items()}, rounds=tuple(results), all_weights=all_weights,
-        ))  # fmt: skip
+        )  # fmt: skip
+        yield RoundFinished(round, result, found, lambda: _arrays(engine.weights()))
 
 
 def over(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> bool:

@@ -16,6 +16,7 @@ from fastlth.masks import Masks
 from fastlth.models import build, skeleton
 from fastlth.recipe import Recipe
 from fastlth.store import ticket as files
+from fastlth.store import weights
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class LoadedTicket:
     """A search's tickets: one per round, all in one file."""
 
     file: files.Ticket
+    folder: Path
+    """where it was read from"""
 
     @property
     def recipe(self) -> Recipe:
@@ -46,6 +49,14 @@ class LoadedTicket:
         state, masks = self.rewind(), self.mask(round)
         for name, mask in masks.items():
             state[name] = state[name].masked_fill(~mask, 0.0)
+        return self._net(state)
+
+    def trained(self, round: int) -> nn.Module:
+        """The net as the round's training left it. Raises TicketError unless the search kept its weights."""
+        arrays = weights.load(self.folder, round, self.file.mask(round), self.recipe.digest)
+        return self._net({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
+
+    def _net(self, state: Mapping[str, Tensor]) -> nn.Module:
         model = skeleton(self.recipe).to_empty(device="cpu")
         model.load_state_dict(state)
         return model
@@ -53,7 +64,7 @@ class LoadedTicket:
 
 def load_ticket(path: str | Path) -> LoadedTicket:
     """Read ``search.ticket``. Raises TicketError if it is damaged or not a ticket."""
-    return LoadedTicket(files.load(Path(path), theta0))
+    return LoadedTicket(files.load(Path(path), theta0), Path(path).parent)
 
 
 def theta0(recipe: Recipe) -> dict[str, NDArray[Any]]:

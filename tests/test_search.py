@@ -26,6 +26,7 @@ def test_twenty_rounds_keep_every_promise_about_masks():
     rounds = finished(search(recipe))
     assert [r.round for r in rounds] == list(range(21))
     ticket = rounds[-1].ticket
+    previous = ticket.mask(0)
     kept = {"fc1.weight": 64 * 300, "fc2.weight": 300 * 100, "output.weight": 1000}
     total = sum(kept.values())
     for k, event in enumerate(rounds):

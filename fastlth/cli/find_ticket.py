@@ -39,6 +39,7 @@ def find_ticket(
     loader: Annotated[str | None, Opt(help="auto, resident or ffcv")] = None,
     engine: Annotated[str | None, Opt(help="auto or dense")] = None,
     theta0: Annotated[str | None, Opt(help="stored, or seed: keep only the seed of theta0 in the ticket.")] = None,
+    keep_weights: Annotated[str | None, Opt(help="none, last or all: keep trained weights [default: none]")] = None,
     save_every: Annotated[str | None, Opt(help="Time between saves inside a round [default: 60s]")] = None,
     config: Annotated[Path | None, Opt(help="Settings from a TOML file; a run's recipe.toml works.")] = None,
     set_: Annotated[list[str] | None, Opt("--set", metavar="SECTION.KEY=VALUE", help="Any other setting.")] = None,
@@ -60,7 +61,7 @@ def find_ticket(
         "train.iterations": length(iterations, epochs), "train.batch_size": batch_size, "train.lr": lr,
         "seeds.base": seed, "compute.device": device, "compute.precision": precision, "compute.compile": compile,
         "compute.loader": loader, "compute.engine": engine,
-        "store.theta0": theta0, "store.save_every": seconds(save_every),
+        "store.theta0": theta0, "store.keep_weights": keep_weights, "store.save_every": seconds(save_every),
     })  # fmt: skip
     composed = compose(model, dataset, preset=preset, config=config, settings=settings)
 

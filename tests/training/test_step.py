@@ -18,7 +18,14 @@ from fastlth.training.engines.dense import DenseEngine
 from fastlth.training.engines.make import make_engine
 from fastlth.training.optim import MaskedOptimizer
 from tests.helpers import (
-    assert_close_by_norm, assert_masked, assert_same_bits, bits, compute, half_masks, random_source, small_recipe,
+    assert_close_by_norm,
+    assert_masked,
+    assert_same_bits,
+    bits,
+    compute,
+    half_masks,
+    random_source,
+    small_recipe,
 )  # fmt: skip
 
 OPTIMIZERS = {

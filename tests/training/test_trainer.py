@@ -70,7 +70,7 @@ def test_the_last_iteration_is_evaluated_off_the_beat():
 def test_every_step_is_made_once_and_every_chunk_ends_in_a_safe_point():
     engine = Script([1.0] * 4)
     _, events = play(engine)
-    assert [first for first, _ in engine.runs] == [0] + [last for _, last in engine.runs][:-1]
+    assert [first for first, _ in engine.runs] == [0, *[last for _, last in engine.runs][:-1]]
     assert engine.runs[-1][1] == 40
     assert [e.iteration for e in events if isinstance(e, ChunkDone)] == [last for _, last in engine.runs]
     kinds = [type(e) for e in events if e.iteration == 20]

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,7 +119,7 @@ def run(
         seeds = dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r)
         one = dataclasses.replace(recipe, seeds=seeds)
         with Run.open(Path(out), one, fresh=fresh) as directory:
-            replicate = _run_one(directory, one, source, resolved, (r, replicates), show, stopped)
+            replicate = _run_one(directory, one, source, resolved, (r, replicates), show, stopped, data_dir)
             resolved = directory.resolved
         done.append(replicate)
     return Search(recipe, tuple(done))
@@ -143,16 +144,18 @@ def resume(
     with Run.reopen(path) as directory:
         recipe = directory.recipe
         source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
-        return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), show, stopped),))
+        return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), show, stopped, data_dir),))
 
 
 def _run_one(
     directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None, replicate: tuple[int, int],
-    show: Show, stopped: Callable[[], int | None],
+    show: Show, stopped: Callable[[], int | None], data_dir: str | Path | None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
     rounds = ticket.rounds if ticket else ()
     if over(recipe, rounds):
+        if state is None:
+            directory.drop_state()  # killed after the last round was saved, before its state was removed
         return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
     compute, moved, measured = _settle(directory, recipe, source, resolved)
     show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
@@ -165,13 +168,19 @@ def _run_one(
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
                 if number := stopped():
                     saver.state(event)
-                    raise Stopped(f"stopped and saved; go on with: fastlth resume {directory.path}", number)
+                    raise Stopped(f"stopped and saved; go on with: {_resume_command(directory, data_dir)}", number)
                 if saver.due():
                     saver.state(event)
             elif isinstance(event, RoundFinished):
                 saver.round(event)
                 rounds = event.ticket.rounds
     return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
+
+
+def _resume_command(directory: Run, data_dir: str | Path | None) -> str:
+    """To be pasted into a shell; the recipe does not know where the data lie."""
+    where = ["--data-dir", str(data_dir)] if data_dir else []
+    return shlex.join(["fastlth", "resume", str(directory.path), *where])
 
 
 def _settle(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -134,11 +135,13 @@ def winning_round(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> int | No
     """The sparsest round (not the dense one) that is no worse and no slower than the dense round, or None.
 
     Validation accuracy at early stop must be at least round 0's and the early-stop iteration no later, as means
-    over the replicates: tickets are chosen on validation images and reported on test images.
+    over the replicates: tickets are chosen on validation images and reported on test images. Rounds that were not
+    measured, as in an imported ticket, win nothing.
     """
 
     def mean(field: str, round: int) -> float:
-        return fmean(r[round][field] for r in replicates)
+        values = [r[round][field] for r in replicates]
+        return math.nan if None in values else fmean(values)  # a comparison with NaN is false
 
     accuracy, iteration = "early_stop_validation_accuracy", "early_stop_iteration"
     winners = [

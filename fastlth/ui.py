@@ -50,6 +50,8 @@ class StopGuard:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h\n")  # the live view hides the cursor
             os._exit(128 + number)
         self.requested = self.requested or number
         os.write(2, b"\nstopping at the next safe point and saving; Ctrl-C again leaves at once\n")

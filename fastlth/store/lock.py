@@ -49,7 +49,8 @@ class Lock:
     def release(self) -> None:
         """Let go, once; nothing happens the second time."""
         if self._fd >= 0:
-            os.ftruncate(self._fd, 0)
+            with contextlib.suppress(OSError):  # closing is what lets go; the name is a courtesy
+                os.ftruncate(self._fd, 0)
             os.close(self._fd)
             self._fd = -1
 

@@ -145,20 +145,36 @@ def _layer(settings: Mapping[str, Any]) -> Layer:
             raise RecipeError(unknown("section", section, SECTIONS))
         values = layer.setdefault(section, {})
         if pattern:  # prune.scale.output=0.5
-            values.setdefault(name, {})[pattern] = value
+            table = values.setdefault(name, _Patterns())
+            if not isinstance(table, dict):
+                raise RecipeError(f"{section}.{name} is given whole and as {key}; give one of them")
+            table[pattern] = value
+        elif name in values:
+            raise RecipeError(f"{section}.{name} is given whole and in parts; give one of them")
         else:
-            values[name] = value
+            values[name] = deepcopy(value)
     return layer
 
 
+class _Patterns(dict[str, Any]):
+    """Single entries of a table setting: they go before what stands below, since the first match wins."""
+
+
 def _overlay(below: Mapping[str, Mapping[str, Any]], above: Mapping[str, Mapping[str, Any]]) -> Layer:
-    return {s: {**below.get(s, {}), **above.get(s, {})} for s in {**below, **above}}
+    merged: Layer = {s: {**below.get(s, {}), **above.get(s, {})} for s in {**below, **above}}
+    for section, values in above.items():
+        for name, value in values.items():
+            under = below.get(section, {}).get(name)
+            if isinstance(value, _Patterns) and isinstance(under, dict):
+                rest = {pattern: v for pattern, v in under.items() if pattern not in value}
+                merged[section][name] = type(under)({**value, **rest})
+    return merged
 
 
 def _same_pair(asked: Layer, model: str, dataset: str) -> None:
     for section, name in (("model", model), ("data", dataset)):
         given = asked.get(section, {}).get("name", name)
-        if DATASET_ALIASES.get(given, given) != name:
+        if not isinstance(given, str) or DATASET_ALIASES.get(given, given) != name:
             raise RecipeError(f"{section}.name is {given!r} in the settings but '{name}' is asked for; make them agree")
 
 

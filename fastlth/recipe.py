@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
+from math import inf
 from typing import Any
 
 from fastlth.catalogue import DATASETS, dataset_name, model_name
@@ -99,14 +101,14 @@ class TrainSection:
     def __post_init__(self) -> None:
         _check("train.iterations", self.iterations >= 1, "be at least 1", self.iterations)
         _check("train.batch_size", self.batch_size >= 1, "be at least 1", self.batch_size)
-        _check("train.lr", 0 < self.lr < float("inf"), "be greater than 0", self.lr)
+        _check("train.lr", 0 < self.lr < inf, "be greater than 0", self.lr)
         _choice("train.optimizer", self.optimizer, ("adam", "adamw", "sgd"))
         _check("train.momentum", 0 <= self.momentum < 1, "be in [0, 1)", self.momentum)
         _check("train.momentum", self.momentum == 0 or self.optimizer == "sgd",
                f"be 0 with optimizer {self.optimizer}, which has betas", self.momentum)  # fmt: skip
         _check("train.nesterov", not self.nesterov or self.momentum > 0,
                "be false without train.momentum", self.nesterov)  # fmt: skip
-        _check("train.weight_decay", 0 <= self.weight_decay < float("inf"),
+        _check("train.weight_decay", 0 <= self.weight_decay < inf,
                "be at least 0", self.weight_decay)  # fmt: skip
         _check("train.betas", all(0 <= b < 1 for b in self.betas), "be in [0, 1)", self.betas)
         _check("train.eps", 0 < self.eps < 1, "be in (0, 1)", self.eps)
@@ -159,7 +161,7 @@ class PruneSection:
                "be in (0, 1)", self.to_density)  # fmt: skip
         _check("prune.rate", 0 < self.rate < 1, "be in (0, 1), the share removed per round", self.rate)
         for pattern, factor in self.scale.items():
-            _check(f"prune.scale.{pattern}", 0 <= factor and exact(factor) * exact(self.rate) < 1,
+            _check(f"prune.scale.{pattern}", 0 <= factor < inf and exact(factor) * exact(self.rate) < 1,
                    f"be at least 0 and, times prune.rate {self.rate}, below 1", factor)  # fmt: skip
         _choice("prune.scope", self.scope, ("layer", "global"))
         _choice("prune.criterion", self.criterion, ("large_final",))
@@ -217,9 +219,7 @@ class ComputeSection:
     """CPU threads; 0: as many as torch finds"""
 
     def __post_init__(self) -> None:
-        kind, _, index = self.device.partition(":")
-        _check("compute.device",
-               kind in ("auto", "cpu", "cuda", "mps") and (not index or (kind == "cuda" and index.isdigit())),
+        _check("compute.device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
                "be auto, cpu, cuda, cuda:N or mps", self.device)  # fmt: skip
         _choice("compute.precision", self.precision, ("auto", "fp32", "bf16"))
         _choice("compute.compile", self.compile, ("auto", "on", "off"))
@@ -244,7 +244,7 @@ class StoreSection:
     def __post_init__(self) -> None:
         _choice("store.keep_weights", self.keep_weights, ("none", "last", "all"))
         _choice("store.theta0", self.theta0, ("stored", "seed"))
-        _check("store.save_every", 0 < self.save_every < float("inf"), "be greater than 0", self.save_every)
+        _check("store.save_every", 0 < self.save_every < inf, "be greater than 0", self.save_every)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,7 +290,7 @@ class Recipe:
         Leaves out what is only a prefix or changes no result: number of rounds, target density,
         base seed and the store section. A new setting with a default moves no old digest.
         """
-        asked = self.to_dict()
+        asked = Recipe.from_dict(self.to_dict()).to_dict()  # 1 given from Python for 1.0 is the same recipe
         asked["prune"] = {k: v for k, v in asked["prune"].items() if k not in ("rounds", "to_density")}
         asked["seeds"].pop("base")
         asked["schedule"].pop("scale")
@@ -301,7 +301,9 @@ class Recipe:
             for key, default in _defaults(SECTIONS[name]).items():
                 if values.get(key, MISSING) == default:
                     del values[key]
-        canonical = json.dumps({s: v for s, v in asked.items() if v}, sort_keys=True, separators=(",", ":"))
+        # sections and fields sorted by name, but not the patterns of prune.scale: their order has a meaning
+        named = {section: dict(sorted(values.items())) for section, values in sorted(asked.items()) if values}
+        canonical = json.dumps(named, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -342,6 +344,8 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
             return float(value)
     elif type(value) is hint:
         return value
+    if origin is tuple and args[-1] is not Ellipsis:
+        raise RecipeError(f"{name} must be a list of {len(args)}, got {value!r}")
     kind = {dict: "a table", tuple: "a list", float: "a number", int: "a whole number",
             bool: "true or false", str: "a word"}[origin or hint]  # fmt: skip
     raise RecipeError(f"{name} must be {kind}, got {value!r}")

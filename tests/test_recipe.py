@@ -128,6 +128,7 @@ RULES = [
     ("compute__threads", -1, "compute.threads must be in 0 to 4096, got -1"),
     ("compute__threads", 4_097, "compute.threads must be in 0 to 4096, got 4097"),
     ("store__theta0", "hash", "unknown store.theta0 'hash'; choose one of: stored, seed"),
+    ("store__keep_weights", "first", "unknown store.keep_weights 'first'; choose one of: none, last, all"),
     ("store__save_every", 0.0, "store.save_every must be greater than 0, got 0.0"),
     ("store__save_every", NAN, "store.save_every must be greater than 0, got nan"),
     ("store__save_every", INF, "store.save_every must be greater than 0, got inf"),
@@ -174,7 +175,7 @@ TYPES = [
     ("train__lr", True, "train.lr must be a number, got True"),
     ("train__drop_last", 1, "train.drop_last must be true or false, got 1"),
     ("train__drop_last", "yes", "train.drop_last must be true or false, got 'yes'"),
-    ("train__betas", 0.9, "train.betas must be a list, got 0.9"),
+    ("train__betas", 0.9, "train.betas must be a list of 2, got 0.9"),
     ("train__betas", ["a", "b"], "train.betas must be a number, got 'a'"),
     ("schedule__milestones", 5, "schedule.milestones must be a list, got 5"),
     ("schedule__milestones", [1.5], "schedule.milestones must be a whole number, got 1.5"),
@@ -297,9 +298,12 @@ OTHER: dict[str, Any] = {
     "seeds.base": 1, "seeds.init": 1, "seeds.split": 1, "seeds.order": 1, "seeds.augment": 1, "seeds.prune": 1,
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
-    "store.save_every": 1.0, "store.theta0": "seed",
+    "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip
-WITHOUT = {"prune.rounds", "prune.to_density", "seeds.base", "schedule.scale", "store.save_every", "store.theta0"}
+WITHOUT = {
+    "prune.rounds", "prune.to_density", "seeds.base", "schedule.scale",
+    "store.save_every", "store.theta0", "store.keep_weights",
+}  # fmt: skip
 SINGLE = {"prune.criterion"}  # has one allowed value so far
 ELSEWHERE = {"train.optimizer"}  # another one does not go with BASE's momentum; tested by itself
 

@@ -8,6 +8,7 @@ medians stayed within 2 to 8 %.)
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -60,7 +61,7 @@ def paired(
         return (clock() - began) / calls
 
     began = clock()
-    calls_a, calls_b = (_calls(lambda n, w=work: seconds(w, n), block) for work in (a, b))
+    calls_a, calls_b = (_calls(functools.partial(seconds, work), block) for work in (a, b))
     times_a: list[float] = []
     times_b: list[float] = []
     ratios: list[float] = []

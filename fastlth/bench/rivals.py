@@ -130,7 +130,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
 
 def _forever(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
-        yield from loader  # type: ignore[misc]
+        yield from loader
 
 
 def _normalised(images: Images, facts: DatasetFacts) -> Tensor:

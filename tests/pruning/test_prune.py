@@ -134,6 +134,14 @@ def test_a_nan_in_any_kept_weight_is_refused(scope):
         step(PruneSection(scope=scope), mask_tools.full(final), final)
 
 
+def test_only_tensors_that_have_a_mask_are_pruned():
+    final = weights(0)
+    one = {"fc1.weight": torch.ones(40, 30, dtype=torch.bool)}
+    new = step(PruneSection(rate=0.2), one, final)
+    assert new.keys() == one.keys()
+    assert torch.equal(new["fc1.weight"], step(PruneSection(rate=0.2), mask_tools.full(final), final)["fc1.weight"])
+
+
 def test_an_exact_zero_that_survives_is_not_taken_for_pruned():
     """The mask says what is pruned, not the value: of 1,000 kept zeros a fifth goes."""
     final = {"fc1.weight": torch.cat([torch.zeros(1_000), torch.ones(1_000)])}

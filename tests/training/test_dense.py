@@ -103,7 +103,8 @@ def test_twenty_rounds_compile_once():
     from torch._dynamo.utils import counters
 
     recipe = small_recipe("conv-2", "digits", model__batch_norm=True, prune__rounds=20, train__iterations=12,
-                          train__batch_size=48, train__drop_last=False, schedule__warmup=2)  # fmt: skip
+                          train__batch_size=48, train__drop_last=False, schedule__warmup=2,
+                          data__augment="flip-crop")  # fmt: skip
     torch._dynamo.reset()
     counters.clear()
     events = find_tickets(recipe, random_source("digits"), compute(recipe, compile="on"))

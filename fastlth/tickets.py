@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ class LoadedTicket:
 
 def load_ticket(path: str | Path) -> LoadedTicket:
     """Read ``search.ticket``. Raises TicketError if it is damaged or not a ticket."""
-    return LoadedTicket(files.load(Path(path), theta0), Path(path).parent)
+    ticket = files.load(Path(path), theta0)
+    order = {name: i for i, name in enumerate(skeleton(ticket.recipe).state_dict())}  # the file's is alphabetical
+    masks = dict(sorted(ticket.pruned_at.items(), key=lambda item: order.get(item[0], len(order))))
+    return LoadedTicket(dataclasses.replace(ticket, pruned_at=masks), Path(path).parent)
 
 
 def theta0(recipe: Recipe) -> dict[str, NDArray[Any]]:

@@ -12,7 +12,7 @@ import typer
 from fastlth.errors import RecipeError
 
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where the data lies or goes [default: $FASTLTH_DATA, else a cache]")
+    Path | None, typer.Option("--data-dir", help="Where the data lies or goes (default: $FASTLTH_DATA, else a cache)")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]

@@ -1,4 +1,4 @@
-"""``fastlth ticket``: look into a ticket file."""
+"""``fastlth ticket``: look into ticket files, compare them, carry them to other programs and back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import Json
+from fastlth.cli.options import Json, given
+from fastlth.composition import parse_setting
 from fastlth.errors import TicketError
 
-app = typer.Typer(help="Look into a ticket file.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look into ticket files, compare them, carry them to other programs and back.", no_args_is_help=True
+)
 
 File = Annotated[Path, typer.Argument(help="A search.ticket file.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
 
 
 @app.command("inspect", epilog="Example: fastlth ticket inspect runs/lenet-300-100-digits-9c3fbc8d/r0/search.ticket")
@@ -75,3 +79,86 @@ def verify(file: File, json: Json = False) -> None:
     if problems:
         raise TicketError("; ".join(problems))
     console().print(f"{file} is whole", highlight=False, soft_wrap=True)
+
+
+@app.command("diff", epilog="Example: fastlth ticket diff runs/lenet-300-100-digits-9c3fbc8d/r{0,1}/search.ticket")
+def diff(a: File, b: File, json: Json = False) -> None:
+    """Overlap of two tickets' masks per layer and round (Jaccard, Hamming), and difference of theta0."""
+    from rich.table import Table
+
+    from fastlth.cli.show import console, json_document
+    from fastlth.exchange.diff import diff as compare
+    from fastlth.tickets import load_ticket
+
+    document = compare(load_ticket(a).file, load_ticket(b).file)
+    if json:
+        json_document(document)
+        return
+    screen, layers = console(), document["layers"]
+    table = Table(box=None, pad_edge=False, header_style="bold", caption="Jaccard / Hamming", caption_justify="left")
+    table.add_column("round", justify="right")
+    for layer in layers:
+        table.add_column(layer["name"].removesuffix(".weight"), justify="right")
+    for k in range(min(document["rounds"])):
+        cells = (layer["rounds"][k] for layer in layers)
+        table.add_row(str(k), *(f"{cell['jaccard']:.3f} / {cell['hamming']:.3f}" for cell in cells))
+    differences = [layer["theta0_relative_difference"] for layer in layers]
+    table.add_row("theta0", *("not finite" if d is None else f"{d:.3g}" for d in differences))
+    screen.print(table)
+    same = "the same bits" if document["theta0_identical"] else "different"
+    finished = " and ".join(map(str, document["rounds"]))
+    screen.print(f"{'identical' if document['identical'] else 'not identical'}: "
+                 f"finished rounds {finished}, rewind values {same}", highlight=False)  # fmt: skip
+
+
+@app.command("export", epilog="Example: fastlth ticket export search.ticket net.safetensors --round 7")
+def export(
+    file: File,
+    out: Annotated[Path, typer.Argument(help="Where to write: a file; for hf a folder.")],
+    round: Annotated[int | None, typer.Option(help="Whose ticket; by default the winning one, else the last.")] = None,
+    format: Annotated[str, typer.Option(help="safetensors, state-dict, torch-prune, hf or onnx")] = "safetensors",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write one round's ticket, masks and rewind values, for other programs to read."""
+    from fastlth.cli.show import console, json_document
+    from fastlth.exchange.exporting import export as write
+
+    done = write(file, out, format=format, round=round, force=force)
+    console().print(f"{done.recipe.model.name} on {done.recipe.data.name}, round {done.round}, "
+                    f"density {done.density:.2%}: {out}", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    if json:
+        json_document({"out": str(out), "format": format, "round": done.round, "density": done.density})
+
+
+@app.command("import", epilog="Example: fastlth ticket import lottery_1a2b/replicate_1 open.ticket --format open-lth "
+             "--model lenet-300-100 --dataset mnist")  # fmt: skip
+def import_(
+    file: Annotated[Path, typer.Argument(help="A state dict, a fastlth .safetensors, or an open_lth run folder.")],
+    out: Annotated[Path, typer.Argument(help="The ticket file to write.")],
+    format: Annotated[str, typer.Option(help="torch-prune, open-lth or safetensors")],
+    model: Annotated[str | None, typer.Option(help="The net the masks are of; safetensors brings it.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The data set, which fixes the net's input.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of theta0 where the file has no values: 0.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any other setting of the recipe.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Make a ticket file of masks that another program found. Nothing that a file holds is ever run."""
+    settings = dict(parse_setting(text) for text in set_ or []) | given({"seeds.base": seed})
+
+    from fastlth.cli.show import console, json_document
+    from fastlth.exchange.importing import import_ticket
+
+    done = import_ticket(file, out, format=format, model=model, dataset=dataset, settings=settings, force=force)
+    densities = [done.ticket.density(k) for k in range(len(done.ticket.rounds))]
+    screen = console()
+    for note in done.notes:
+        screen.print(note, highlight=False, markup=False, soft_wrap=True)
+    screen.print(f"{len(densities)} rounds, down to density {densities[-1]:.2%}: {out}",
+                 highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+    if json:
+        json_document({"out": str(out), "format": format, "rounds": len(densities), "densities": densities,
+                       "notes": list(done.notes)})  # fmt: skip

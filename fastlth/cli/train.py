@@ -14,7 +14,7 @@ EXAMPLE = "Example: fastlth train runs/lenet-300-100-mnist-c43be567/r0/search.ti
 
 def train(
     ticket: Annotated[Path, typer.Argument(help="A search.ticket file.")],
-    round: Annotated[int | None, typer.Option(help="Whose ticket [default: the winning one]; 0: dense.")] = None,
+    round: Annotated[int | None, typer.Option(help="Whose ticket (default: the winning one); 0: dense.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed for data order and augmentation.")] = None,
     iterations: Annotated[int | None, typer.Option("--iterations", "-i", help="Training steps.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", "-e", help="The same in passes over the data.")] = None,

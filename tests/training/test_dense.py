@@ -121,7 +121,7 @@ def test_twenty_rounds_compile_once():
                 torch.compiler.set_stance("fail_on_recompile")
     torch.compiler.set_stance("default")
     assert len(graphs) == 21
-    assert graphs[0] >= 1 and set(graphs) == {graphs[0]}
+    assert set(graphs) == {2}  # the whole batch and the last, smaller one
     assert counters["graph_break"] == {}
 
 

@@ -4,6 +4,7 @@
     ├── RecipeError              2   a setting, name or combination that is not allowed
     ├── DeviceError              2   a device that is not there
     ├── OutputError              2   an output folder that cannot be written
+    ├── RegressionFound          3   bench --check or compare: something got slower or larger
     ├── DataError                4   data missing or damaged
     ├── TicketError              4   a ticket or saved state that is damaged or not one
     ├── DivergedError            5   the loss became NaN or infinite
@@ -36,6 +37,10 @@ class DeviceError(FastlthError):
 
 class OutputError(FastlthError):
     exit_code = 2
+
+
+class RegressionFound(FastlthError):
+    exit_code = 3
 
 
 class DataError(FastlthError):

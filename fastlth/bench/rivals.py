@@ -67,7 +67,7 @@ class Eager:
         self.masks = {n: m.to(self.device, torch.float32) for n, m in masks.items()}
         self.optimizer = _optimizer(self.model, recipe.train, fused=True)
         self.net = torch.compile(self.model) if compiled else self.model
-        self.images = _normalised(images, facts).to(self.device).contiguous(memory_format=layout)
+        self.images = normalised(images, facts).to(self.device).contiguous(memory_format=layout)
         self.labels = torch.from_numpy(images.labels).to(self.device)
         self.order, self.at = torch.randperm(len(self.labels), device=self.device), 0
 
@@ -133,7 +133,8 @@ def _forever(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, T
         yield from loader
 
 
-def _normalised(images: Images, facts: DatasetFacts) -> Tensor:
+def normalised(images: Images, facts: DatasetFacts) -> Tensor:
+    """float32 [N, C, H, W], mean and standard deviation of the data set taken out."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.mean, facts.std))
     return (torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
 

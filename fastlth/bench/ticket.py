@@ -59,7 +59,7 @@ def rows(model: str, dataset: str, rounds: int) -> Iterator[Row]:
             size = inspect.summary(file).bytes
             yield row(path, size["masks"], size["theta0"], spent)
 
-        yield row("order-0 entropy of pruned_at and of theta0's bytes", _entropy(removed_per_round(search.pruned_at)),
+        yield row("order-0 entropy of pruned_at and of theta0's bytes", entropy(removed_per_round(search.pruned_at)),
                   _entropy_of_bytes(search.rewind), None)  # fmt: skip
 
         theta0 = {n: torch.from_numpy(a) for n, a in search.rewind.items()}
@@ -142,10 +142,10 @@ def _entropy_of_bytes(arrays: Mapping[str, NDArray[Any]]) -> float:
     for a in floats:
         for plane, column in zip(planes, a.view(np.uint8).reshape(-1, 4).T, strict=True):
             plane += np.bincount(column, minlength=256)
-    return sum(_entropy(p) for p in planes) + sum(a.nbytes for a in arrays.values() if a.dtype != np.float32)
+    return sum(entropy(p) for p in planes) + sum(a.nbytes for a in arrays.values() if a.dtype != np.float32)
 
 
-def _entropy(counts: NDArray[np.int64]) -> float:
+def entropy(counts: NDArray[np.int64]) -> float:
     """Bytes that no code of single symbols can go below."""
     some = counts[counts > 0]
     return float(-(some * np.log2(some / some.sum())).sum() / 8)

@@ -1,16 +1,98 @@
-"""``fastlth bench``: what fastlth costs, beside the obvious other ways."""
+"""``fastlth bench``: is it fast here, and has it stayed so?"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastlth.cli.options import Json
 
-app = typer.Typer(help="Measure speed and size on this machine.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(help="Measure speed and size on this machine, in paired ratios; keep them from falling.")
 
 Opt = typer.Option
+Model = Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")]
+Dataset = Annotated[str, typer.Argument(help="Whose image shape: mnist, cifar-10 or digits")]
+Seconds = Annotated[float, Opt(min=0.1, help="Time for each comparison.")]
+
+
+@app.callback(invoke_without_command=True, epilog="Example: fastlth bench   or: fastlth bench --check")
+def bench(
+    context: typer.Context,
+    check: Annotated[bool, Opt("--check", help="Compare with benchmarks/expected.toml; exit code 3 if worse.")] = False,
+    update: Annotated[bool, Opt("--update", help="With --check: write the counts found now into the file.")] = False,
+    json: Json = False,
+) -> None:
+    """Without a sub-command: the default set, in under two minutes."""
+    if context.invoked_subcommand is not None:
+        return
+    if check:
+        _check(update, json)
+        return
+    from fastlth.bench import loaders, rounds, startup, step
+
+    _rows(json, [
+        step.rows("lenet-300-100", "mnist", [0, 10, 20], seconds=3.0),
+        step.rows("conv-2", "cifar-10", [0], seconds=6.0),
+        rounds.rows("lenet-300-100", "mnist", seconds=8.0),
+        loaders.rows("lenet-300-100", "mnist", seconds=3.0),
+        startup.rows(seconds=8.0),
+    ])  # fmt: skip
+
+
+@app.command("step", epilog="Example: fastlth bench step conv-4 cifar-10 --rounds 0,10,20 --plot step.png")
+def step(
+    model: Model = "lenet-300-100", dataset: Dataset = "mnist",
+    rounds: Annotated[str, Opt(help="Densities of which rounds, for example 0,10,20; all: 0 to 20.")] = "all",
+    compiled: Annotated[bool, Opt("--compiled", help="Time torch.compile around the rival's net too.")] = False,
+    plot: Annotated[Path | None, Opt(help="Draw images/s against density (.png or .svg).")] = None,
+    seconds: Seconds = 3.0, json: Json = False,
+) -> None:  # fmt: skip
+    """Training steps at each density: ours, good everyday PyTorch, and lecode's way."""
+    from fastlth.bench.plot import by_density
+    from fastlth.bench.step import rows
+    from fastlth.errors import RecipeError
+
+    try:
+        which = list(range(21)) if rounds == "all" else [int(k) for k in rounds.split(",")]
+    except ValueError:
+        raise RecipeError(f"--rounds takes numbers such as 0,10,20, or all; got '{rounds}'") from None
+    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled)])
+    if plot is not None:
+        by_density(found, plot)
+
+
+@app.command("round", epilog="Example: fastlth bench round lenet-300-100 mnist")
+def round_(
+    model: Model = "lenet-300-100", dataset: Dataset = "mnist", seconds: Seconds = 10.0, json: Json = False
+) -> None:
+    """Steps together with the paper's evaluations, ours against everyday PyTorch."""
+    from fastlth.bench.rounds import rows
+
+    _rows(json, [rows(model, dataset, seconds=seconds)])
+
+
+@app.command("loader", epilog="Example: fastlth bench loader vgg19 cifar-10")
+def loader(
+    model: Model = "lenet-300-100", dataset: Dataset = "mnist", seconds: Seconds = 4.0, json: Json = False
+) -> None:
+    """Loaders alone: the resident set and FFCV against torchvision's DataLoader."""
+    from fastlth.bench.loaders import rows
+
+    _rows(json, [rows(model, dataset, seconds=seconds)])
+
+
+@app.command("startup", epilog="Example: fastlth bench startup")
+def startup(seconds: Seconds = 8.0, json: Json = False) -> None:
+    """How soon the command answers, against the import of torch."""
+    from fastlth.bench.startup import rows
+
+    _rows(json, [rows(seconds=seconds)])
 
 
 @app.command("ticket", epilog="Example: fastlth bench ticket")
@@ -35,7 +117,6 @@ def ticket(
     if json:
         json_document(result)
         return
-    screen = console()
     table = Table(title=f"{rounds} rounds of {model}, all of them", title_justify="left", box=None, pad_edge=False,
                   header_style="bold")  # fmt: skip
     table.add_column("kept as")
@@ -46,4 +127,86 @@ def ticket(
         seconds = ["" if row[k] is None else f"{row[k]:.2f}" for k in ("seconds", "cpu_seconds")]
         table.add_row(row["path"], f"{masks / 1e6:,.2f}", f"{theta0 / 1e6:,.2f}", f"{(masks + theta0) / 1e6:,.2f}",
                       *seconds)  # fmt: skip
+    console().print(table)
+
+
+def _rows(json: bool, subjects: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Measure, show each row as it comes, print the document or the table."""
+    from fastlth.bench import document, peak
+    from fastlth.cli.show import console, json_document
+
+    screen = console()
+    found = []
+    with screen.status("measuring") as status:
+        for subject in subjects:
+            for row in subject:
+                found.append(row)
+                status.update(f"measured {row['subject']} {row['model'] or ''} {row['path']} against {row['against']}")
+    result = document(found)
+    if json:
+        result["machine"]["peaks"] = peak.measure()
+        json_document(result)
+    else:
+        _table(found, screen)
+    return found
+
+
+def _table(rows: list[dict[str, Any]], screen: Console) -> None:
+    import resource
+
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("subject", "what", "density", "images/s", "against", "images/s", "ratio", "95 %", "of peak", "n"):
+        table.add_column(column, justify="left" if column in ("subject", "what", "against") else "right")
+    for r in rows:
+        startup = r["images_per_second"] is None
+        ours = f"{r['seconds']:.2f} s" if startup else f"{r['images_per_second']:,.0f}"
+        theirs = f"{r['against_seconds']:.2f} s" if startup else f"{r['against_images_per_second']:,.0f}"
+        what = " ".join(x for x in (r["model"], r["dataset"], r["path"]) if x)
+        ratio = "restless" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        table.add_row(
+            r["subject"], what, "" if r["density"] is None else f"{r['density']:.2%}", ours, r["against"], theirs,
+            ratio, f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}", f"{r['share']:.1%}" if "share" in r else "",
+            str(r["n"]),
+        )  # fmt: skip
     screen.print(table)
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    screen.print(f"ratio: against the other, above 1 is faster; peak memory {peak_memory:.2f} GB", highlight=False)
+    if any(r["ratio"] is None for r in rows):
+        screen.print("restless: the same thing timed twice differed by more than a tenth; no ratio is reported")
+
+
+def _check(update: bool, json: bool) -> None:
+    from rich.table import Table
+
+    from fastlth.bench import check as gate
+    from fastlth.bench import document
+    from fastlth.cli.show import console, json_document
+    from fastlth.errors import RegressionFound
+
+    screen, checkout = console(), Path.cwd()
+    if update:
+        gate.update(checkout)
+        screen.print(f"counts written to {gate.EXPECTED}", highlight=False)
+        return
+    with screen.status("checking"):
+        verdicts = list(gate.check(checkout))
+    if json:
+        json_document({**document([]), "verdicts": [v.__dict__ for v in verdicts]})
+    else:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("", "gate", "expected", "found", ""):
+            table.add_column(column, justify="right" if column in ("expected", "found") else "left")
+        for v in verdicts:
+            table.add_row("ok" if v.passed else "FAIL", v.name, _figure(v.expected), _figure(v.found), v.says)
+        screen.print(table)
+    failed = [v for v in verdicts if not v.passed]
+    if failed:
+        raise RegressionFound("; ".join(
+            f"{v.name}: {v.says} (expected {_figure(v.expected)}, found {_figure(v.found)})" for v in failed
+        ))  # fmt: skip
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

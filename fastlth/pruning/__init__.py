@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlth.masks import Masks
 from fastlth.pruning.criteria import CRITERIA as CRITERIA
-from fastlth.pruning.scope import groups
+from fastlth.pruning.scope import groups as groups
 from fastlth.pruning.scope import layer_rates as layer_rates
 from fastlth.pruning.select import remove_lowest
 from fastlth.recipe import PruneSection

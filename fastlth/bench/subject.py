@@ -1,0 +1,110 @@
+"""What every speed subject starts from: a recipe, random images in its shape, masks of a round, our own steps.
+
+Speed does not depend on what the pixels show, so nothing has to be downloaded to measure it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlth.bench.paired import Paired
+from fastlth.catalogue import DATASETS
+from fastlth.composition import compose
+from fastlth.data.sources import Images, Source
+from fastlth.models import skeleton, weight_names
+from fastlth.pruning import groups, layer_rates
+from fastlth.recipe import Recipe
+from fastlth.training.engines.base import Engine
+from fastlth.training.engines.make import make_engine
+
+IMAGES = 8_192  # more than the caches hold, less than a laptop's patience
+ROWS = 1_000  # steps between two readings of an engine's record
+
+Row = dict[str, Any]
+
+
+def recipe_for(model: str, dataset: str) -> Recipe:
+    """The pair's default preset, with an evaluation interval that leaves the timer alone."""
+    recipe = compose(model, dataset, settings={"data.validation": 1_000}).recipe if dataset != "digits" else (
+        compose(model, dataset).recipe)  # fmt: skip
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, iterations=10**9),
+        evaluate=dataclasses.replace(recipe.evaluate, every=ROWS),
+    )
+
+
+def random_source(dataset: str, images: int = IMAGES, seed: int = 0) -> Source:
+    """Random pixels and labels in the shape of a data set: ``images`` to train and validate on, 1,000 to test."""
+    facts = DATASETS[dataset]
+    channels, height, width = facts.shape
+    rng = np.random.default_rng(seed)
+
+    def some(count: int) -> Images:
+        pixels = rng.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+        return Images(pixels, rng.integers(0, facts.classes, count))
+
+    return Source(dataset, some(min(images, facts.train)), some(min(1_000, facts.test)))
+
+
+def masks_of_round(recipe: Recipe, round: int) -> tuple[dict[str, Tensor], float]:
+    """Random masks with the counts of a round of the recipe, and their density (kept / all weights)."""
+    net = skeleton(recipe)
+    names = weight_names(net)
+    sizes = {n: net.get_parameter(n).numel() for n in names}
+    rates = layer_rates(names, recipe.prune)
+    kept = {n: sizes[n] for n in rates}
+    for _ in range(round):
+        for together, gone in groups(rates, kept, recipe.prune.scope):
+            total = sum(kept[n] for n in together)
+            for n in together:  # global scope: what a ranking of random scores takes from each layer
+                kept[n] -= gone * kept[n] // total
+    rng = np.random.default_rng(round)
+    masks = {}
+    for n, count in kept.items():
+        flat = np.zeros(sizes[n], bool)
+        flat[rng.permutation(sizes[n])[:count]] = True
+        masks[n] = torch.from_numpy(flat.reshape(net.get_parameter(n).shape))
+    unpruned = sum(sizes.values()) - sum(sizes[n] for n in rates)
+    return masks, (sum(kept.values()) + unpruned) / sum(sizes.values())
+
+
+class Ours:
+    """Our engine as work for the timer: ``steps(n)`` trains n steps."""
+
+    def __init__(self, recipe: Recipe, source: Source) -> None:
+        self.engine: Engine = make_engine(recipe, source)
+        self._start = {n: t.clone() for n, t in self.engine.weights().items()}
+        self._at = 0
+
+    def prune(self, masks: Mapping[str, Tensor]) -> None:
+        self.engine.set_masks(masks)
+        self.engine.rewind(self._start)
+        self._at = 0
+
+    def steps(self, count: int) -> None:
+        while count:
+            if self._at % ROWS == 0 and self._at:
+                self.engine.interval()
+            some = min(count, ROWS - self._at % ROWS)
+            self.engine.run(self._at, self._at + some)
+            self._at += some
+            count -= some
+
+
+def row(subject: str, recipe: Recipe, path: str, against: str, density: float, result: Paired, images: int) -> Row:
+    """One comparison: ``result`` is of ``paired(ours, theirs)`` with ``images`` per call."""
+    return {
+        "subject": subject, "model": recipe.model.name, "dataset": recipe.data.name, "path": path,
+        "density": density, "images_per_second": images / result.seconds_a, "against": against,
+        "against_images_per_second": images / result.seconds_b,
+        "ratio": result.ratio, "ratio_low": result.low, "ratio_high": result.high,
+        "control": [result.control_low, result.control_high], "n": result.pairs,
+        "seconds_quantiles": list(result.quantiles_a),
+    }  # fmt: skip

@@ -168,7 +168,9 @@ def _run_one(
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
                 if number := stopped():
                     saver.state(event)
-                    raise Stopped(f"stopped and saved; go on with: {_resume_command(directory, data_dir)}", number)
+                    one = " (this replicate; the same command as before: all)" if replicate[1] > 1 else ""
+                    command = _resume_command(directory, data_dir)
+                    raise Stopped(f"stopped and saved; go on with{one}: {command}", number)
                 if saver.due():
                     saver.state(event)
             elif isinstance(event, RoundFinished):
@@ -258,8 +260,8 @@ class _Saver:
             self._theta = EncodedTheta.of(ticket.rewind, stored=not self._in_seed)
         self._directory.save_ticket(ticket, theta=self._theta)
         self._directory.drop_state()
-        if self._keep == "last" and last:
-            weights.drop(path, last - 1)
+        if self._keep == "last":
+            weights.drop_before(path, last)
 
     def _submit(self, call: Callable[..., None], *args: object) -> None:
         self._pending.append(self._thread.submit(call, *args))

@@ -1,17 +1,22 @@
-"""``fastlth runs``: what has been searched for, and how far it came."""
+"""``fastlth runs``: what has been searched for, how far it came, and what of it can go."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from fastlth.cli.options import Json, Out
 
-EXAMPLE = "Example: fastlth runs --out runs"
+app = typer.Typer(help="List all runs; free what finished ones no longer need.")
 
 
-def runs(out: Out = Path("runs"), json: Json = False) -> None:
+@app.callback(invoke_without_command=True, epilog="Example: fastlth runs --out runs")
+def runs(context: typer.Context, out: Out = Path("runs"), json: Json = False) -> None:
     """List all runs: model, data, seed, finished rounds, winning ticket, size on disk."""
+    if context.invoked_subcommand is not None:
+        return
     from rich.table import Table
 
     from fastlth.cli.show import console, json_document
@@ -43,6 +48,28 @@ def runs(out: Out = Path("runs"), json: Json = False) -> None:
         done = "damaged" if row["problem"] else f"{row['rounds_done']}/{row['rounds_asked']}"
         table.add_row(row["run"], row["model"], row["dataset"], str(row["seed"]), done, winner_text, size(row["bytes"]))
     screen.print(table)
+
+
+@app.command("clean", epilog="Example: fastlth runs clean --trained")
+def clean(
+    out: Out = Path("runs"),
+    trained: Annotated[bool, typer.Option("--trained", help="Kept trained weights too.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Free what finished runs no longer need; says what it will remove, and asks. Tickets always stay."""
+    from fastlth.cli.show import console, json_document
+    from fastlth.store.cleaning import find, remove
+
+    screen, waste = console(), find(out, trained=trained)
+    for item in waste:
+        screen.print(f"{size(item.bytes):>9}  {item.path}  ({item.why})", highlight=False, soft_wrap=True)
+    if waste and not yes and not typer.confirm(f"remove these {len(waste)} files?", err=True):
+        waste = []
+    gone = remove(waste)
+    if json:
+        json_document({"removed": [str(item.path) for item in gone], "bytes": sum(item.bytes for item in gone)})
+    screen.print(f"{size(sum(item.bytes for item in gone))} freed", highlight=False)
 
 
 def size(count: int) -> str:

@@ -6,6 +6,7 @@ mask of the round says where they belong. Biases, batch norm and unpruned layers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def load(run: Path, round: int, masks: Mapping[str, NDArray[np.bool_]], digest: 
     return whole
 
 
-def drop(run: Path, round: int) -> None:
-    """Remove the weights of a round, if they are there."""
-    atomic.delete(path(run, round))
+def rounds(run: Path) -> list[int]:
+    """The rounds whose weights are there, ascending."""
+    found = (re.fullmatch(r"round-(\d+)\.safetensors", file.name) for file in (run / "weights").glob("*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def drop_before(run: Path, round: int) -> None:
+    """Remove the weights of all rounds before ``round``."""
+    for earlier in rounds(run):
+        if earlier < round:
+            atomic.delete(path(run, earlier))

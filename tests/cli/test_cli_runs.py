@@ -1,0 +1,68 @@
+"""``fastlth runs clean``: says first, asks, removes what is not needed and nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+import fastlth
+from fastlth.cli.main import main
+from tests.helpers import small_recipe
+
+
+def files(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    recipe = small_recipe(train__iterations=10, store__keep_weights="all", prune__rounds=1)
+    run = fastlth.run(recipe, out=tmp_path).replicates[0].path
+    (run / "state.safetensors").write_bytes(b"left by a kill")
+    unfinished = small_recipe(train__iterations=20, prune__rounds=1)
+    other = fastlth.run(unfinished, out=tmp_path).replicates[0].path
+    text = (other / "recipe.toml").read_text()
+    (other / "recipe.toml").write_text(text.replace("rounds = 1", "rounds = 2"))
+    (other / "state.safetensors").write_bytes(b"of a round in progress")
+    return tmp_path, run, other
+
+
+def call(monkeypatch, capfd, *arguments, answer="n\n"):
+    import io
+
+    monkeypatch.setattr(sys, "argv", ["fastlth", "runs", "clean", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code
+    return capfd.readouterr()
+
+
+def test_nothing_goes_without_a_yes(folder, monkeypatch, capfd):
+    out, _, _ = folder
+    before = files(out)
+    shown = call(monkeypatch, capfd, "--out", out, "--trained")
+    assert all(s in shown.err for s in ("state.safetensors", "round-1.safetensors", "remove these 3 files?"))
+    assert files(out) == before
+
+
+def test_a_yes_removes_what_was_said_and_leaves_unfinished_runs_alone(folder, monkeypatch, capfd):
+    out, run, other = folder
+    before = files(out)
+    shown = call(monkeypatch, capfd, "--out", out, "--trained", "--yes", "--json")
+    removed = {p.removeprefix(f"{out}/") for p in json.loads(shown.out)["removed"]}
+    relative = run.relative_to(out)
+    assert removed == {f"{relative}/{n}" for n in
+                       ("state.safetensors", "weights/round-0.safetensors", "weights/round-1.safetensors")}  # fmt: skip
+    assert files(out) == before - removed
+    assert (other / "state.safetensors").exists()
+
+
+def test_trained_weights_stay_unless_asked_for(folder, monkeypatch, capfd):
+    out, run, _ = folder
+    call(monkeypatch, capfd, "--out", out, answer="y\n")
+    assert not (run / "state.safetensors").exists()
+    assert len(list((run / "weights").iterdir())) == 2

@@ -48,7 +48,7 @@ def measure() -> dict[str, int]:
 
 def step(recipe: Recipe) -> dict[str, int]:
     """Of one training step with masks: dispatched operations, optimizer launches, host reads, FLOPs, bytes touched."""
-    source = random_source(recipe.data.name, images=64 + recipe.train.batch_size)
+    source = random_source(recipe.data.name, images=recipe.data.validation + recipe.train.batch_size)
     engine = make_engine(recipe, source)
     assert isinstance(engine, DenseEngine)
     engine.set_masks(masks_of_round(recipe, 1)[0])

@@ -37,7 +37,7 @@ DATASETS: dict[str, DatasetFacts] = {
     ),
     # 1,797 handwritten digits that ship inside scikit-learn; every fifth one is a test image.
     "digits": DatasetFacts(
-        shape=(1, 8, 8), classes=10, train=1_437, test=360, validation=200,
+        shape=(1, 8, 8), classes=10, train=1_437, test=360, validation=300,
         mean=(0.3053,), std=(0.3762,),
     ),
 }  # fmt: skip

@@ -247,7 +247,7 @@ def test_iterations_per_epoch(images, batch, drop_last, expected):
 
 def test_validation_has_the_default_of_its_data_set():
     assert {n: recipe(data__name=n).data.validation for n in DATASETS} == {
-        "mnist": 5_000, "cifar-10": 5_000, "digits": 200,
+        "mnist": 5_000, "cifar-10": 5_000, "digits": 300,
     }  # fmt: skip
 
 

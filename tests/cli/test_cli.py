@@ -174,7 +174,7 @@ BAD = {
     "no such config": (2, ["find-ticket", "vgg19", "cifar-10", "--config", "none.toml"], "none.toml"),
     "rewind past the end": (2, ["find-ticket", "lenet-300-100", "digits", "--rewind-to", "1500it"], "below"),
     "rewind nonsense": (2, ["find-ticket", "lenet-300-100", "digits", "--rewind-to", "soon"], "500it"),
-    "batch too large": (2, ["find-ticket", "lenet-300-100", "digits", "-b", "5000"], "1237"),
+    "batch too large": (2, ["find-ticket", "lenet-300-100", "digits", "-b", "5000"], "1137"),
     "seed contradiction": (
         2, ["find-ticket", "lenet-300-100", "digits", "--theta0", "seed", "--rewind-to", "5"], "seed",
     ),

@@ -95,6 +95,31 @@ def startup(seconds: Seconds = 8.0, json: Json = False) -> None:
     _rows(json, [rows(seconds=seconds)])
 
 
+@app.command("compare", epilog="Example: fastlth bench compare main .")
+def compare(
+    base: Annotated[str, typer.Argument(help="A commit, branch or tag; . is the working tree as it is.")],
+    head: Annotated[str, typer.Argument(help="The one that must not be slower.")],
+    models: Annotated[str, Opt(help="Which trainings: lenet-300-100, conv-2, or both with a comma.")] = "lenet-300-100",
+    budget: Annotated[float, Opt(min=1.0, help="Seconds of timing per run; a slowdown needs two runs.")] = 20.0,
+    json: Json = False,
+) -> None:
+    """Is one commit slower than another? Warm processes, alternated; exit code 3 only if a second run agrees."""
+    from fastlth.bench import document
+    from fastlth.bench.compare import compare as run
+    from fastlth.cli.show import console, json_document
+    from fastlth.errors import RegressionFound
+
+    screen = console()
+    result = run(base, head, budget=budget, repo=Path.cwd(), models=tuple(models.split(",")),
+                 show=lambda line: screen.print(line, highlight=False))  # fmt: skip
+    if json:
+        json_document(document(result.rows))
+    for sentence in result.sentences:
+        screen.print(sentence, highlight=False, soft_wrap=True)
+    if result.slower:
+        raise RegressionFound("; ".join(result.sentences))
+
+
 @app.command("ticket", epilog="Example: fastlth bench ticket")
 def ticket(
     model: Annotated[str, Opt(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")] = "vgg19",

@@ -88,11 +88,11 @@ def resolve(recipe: Recipe, make_engine: Callable[[Recipe], Engine]) -> Resolved
     rates: dict[str, float] = {}
     if fixed.device == "cpu" and not asked.threads and fixed.threads > 1:
         alone = dataclasses.replace(chosen, threads=1)
-        measured = _measure(recipe, [chosen, alone], make_engine)
-        rates |= {_label(c): rate for c, rate in measured.items()}
-        small = recipe.train.batch_size / measured[alone] < SMALL_STEP_SECONDS
-        if small and measured[alone] > measured[chosen] / ONE_THREAD_BONUS:
-            chosen = alone
+        if recipe.train.batch_size / _measure(recipe, [alone], make_engine, steps=1)[alone] < SMALL_STEP_SECONDS:
+            measured = _measure(recipe, [chosen, alone], make_engine)
+            rates |= {_label(c): rate for c, rate in measured.items()}
+            if measured[alone] > measured[chosen] / ONE_THREAD_BONUS:
+                chosen = alone
     for other in precisions[1:]:
         candidate = dataclasses.replace(chosen, precision=other)
         measured = _measure(recipe, [chosen, candidate], make_engine)
@@ -116,10 +116,10 @@ def _label(compute: ComputeSection) -> str:
 
 
 def _measure(
-    recipe: Recipe, candidates: list[ComputeSection], make_engine: Callable[[Recipe], Engine]
+    recipe: Recipe, candidates: list[ComputeSection], make_engine: Callable[[Recipe], Engine], steps: int = 3
 ) -> dict[ComputeSection, float]:
     """Training images/s per candidate, by alternated single steps, because a neighbour on the machine slows down
-    whoever is being timed at the moment. At least one step each; about ``MEASURE_SECONDS`` in all."""
+    whoever is being timed at the moment. At least ``steps`` each; about ``MEASURE_SECONDS`` in all."""
     keys = {(c.precision, c.compile): c for c in candidates}
     engines = {key: make_engine(dataclasses.replace(recipe, compute=c)) for key, c in keys.items()}
     times: dict[ComputeSection, list[float]] = {c: [] for c in candidates}
@@ -135,7 +135,7 @@ def _measure(
     for compute in candidates:
         step(compute)  # warm-up; compiles where asked for
     began = time.perf_counter()
-    while not times[candidates[-1]] or time.perf_counter() - began < MEASURE_SECONDS:
+    while len(times[candidates[-1]]) < steps or (steps > 1 and time.perf_counter() - began < MEASURE_SECONDS):
         for compute in candidates:
             times[compute].append(step(compute))
     # the fastest fifth: what the candidate does when it is left alone

@@ -59,19 +59,18 @@ def heavy_tails(rng):
 
 
 @pytest.mark.parametrize("noise", [quiet, drift, bursts, heavy_tails])
-@pytest.mark.parametrize("truth", [1.0, 1.1])
-def test_the_interval_covers_the_truth_as_often_as_it_says(noise, truth):
-    runs, covered = 100, 0
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(noise):
+    """93 to 95 % of 300 runs were measured, for ratios of 1 and 1.1: the bootstrap of a median is a little narrow."""
+    runs, covered, truth = 200, 0, 1.1
     for seed in range(runs):
-        rng = random.Random(seed)
-        one = Machine(noise(rng)).compare(0.0011, 0.0011 * truth, budget=4.0, seed=seed)
+        one = Machine(noise(random.Random(seed))).compare(0.0011, 0.0011 * truth, budget=4.0, seed=seed)
         covered += one.low <= truth <= one.high
-        assert one.low <= (one.ratio or 1.0) <= one.high or one.strayed
-    assert covered >= 89  # 95 expected; fewer than 89 by chance once in 150
+        assert one.strayed or one.low <= one.ratio <= one.high
+    assert covered >= 0.89 * runs
 
 
 @pytest.mark.parametrize("noise", [quiet, drift, bursts, heavy_tails])
-def test_one_percent_off_is_not_taken_for_ten(noise):
+def test_ten_percent_are_seen_as_about_ten(noise):
     ratios = [
         Machine(noise(random.Random(seed))).compare(0.001, 0.0011, budget=10.0, seed=seed).ratio for seed in range(10)
     ]
@@ -80,13 +79,16 @@ def test_one_percent_off_is_not_taken_for_ten(noise):
 
 def test_it_stops_early_when_precise_and_at_the_budget_when_not():
     exact = Machine().compare(0.001, 0.002, budget=60.0)
-    assert exact.pairs == 12 and exact.ratio == pytest.approx(2.0)
-    assert exact.low == exact.high == exact.ratio and exact.control_low == exact.control_high == 1.0
+    assert exact.pairs == module.STOP_FROM and exact.ratio == pytest.approx(2.0)
+    assert (
+        exact.low == pytest.approx(2.0) == exact.high and exact.control_low == pytest.approx(1.0) == exact.control_high
+    )
     for noise in (bursts, heavy_tails):
         for seed in range(10):
             machine = Machine(noise(random.Random(seed)))
             one = machine.compare(0.001, 0.0015, budget=3.0, seed=seed)
-            assert machine.now <= 3.3  # a round may meet a slow moment
+            began = counted_blocks(machine, one.pairs)[-3][1]  # the last round, which may meet a slow moment
+            assert began <= 3.0
             assert machine.now > 2.5 or one.high / one.low < 1.021
 
 
@@ -113,15 +115,15 @@ def test_a_block_lasts_as_long_as_it_should(seconds):
     machine = Machine(quiet(random.Random(2)))
     one = machine.compare(seconds, seconds, budget=5.0)
     assert all(taken >= BLOCK_SECONDS for _, _, _, taken in counted_blocks(machine, one.pairs))
-    assert max(taken for _, _, _, taken in counted_blocks(machine, one.pairs)) < max(0.04, 1.5 * seconds)
+    assert max(taken for _, _, _, taken in counted_blocks(machine, one.pairs)) < max(0.045, 1.5 * seconds)
 
 
 def test_blocks_that_a_slow_start_made_too_short_do_not_count():
     machine = Machine(lambda now: 8.0 if now < 0.5 else 1.0)
     one = machine.compare(0.001, 0.002, budget=5.0)
-    blocks = counted_blocks(machine, one.pairs)
-    assert all(taken >= BLOCK_SECONDS for _, _, _, taken in blocks if blocks) and one.ratio == pytest.approx(2.0)
-    assert one.seconds_a == pytest.approx(0.001)
+    short = [taken for _, began, _, taken in machine.log if began > 0.5 and taken < BLOCK_SECONDS]
+    assert 0 < len(short) <= 3  # one per side, and then it knows
+    assert one.ratio == pytest.approx(2.0) and one.seconds_a == pytest.approx(0.001)
 
 
 def test_a_block_has_at_least_the_calls_asked_for():

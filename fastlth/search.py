@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlth import masks as mask_tools
-from fastlth.data.sources import Source
+from fastlth.data.sources import Source, data_root, load
 from fastlth.errors import DivergedError
 from fastlth.pruning import layer_rates, prune
 from fastlth.recipe import ComputeSection, Recipe
@@ -27,6 +27,7 @@ from fastlth.store.run import State
 from fastlth.store.ticket import Ticket
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine
+from fastlth.training.resolve import resolve
 from fastlth.training.trainer import ChunkDone, Evaluated, Progress, train
 
 Arrays = dict[str, NDArray[Any]]
@@ -66,16 +67,18 @@ Event = RoundStarted | InRound | RoundFinished
 
 
 def find_tickets(
-    recipe: Recipe, source: Source, compute: ComputeSection,
+    recipe: Recipe, source: Source | None = None, compute: ComputeSection | None = None,
     *, ticket: Ticket | None = None, state: State | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Search to the recipe's last round, or to its target density.
 
-    ``compute`` is the recipe's section without ``auto`` (training/resolve.py). With ``ticket`` (and
-    ``state``, if a round was under way) the search goes on from there, bit for bit as if never stopped.
-    Raises DivergedError if a loss is not finite.
+    ``source`` is the recipe's data set, loaded where not given; ``compute`` is the recipe's section without ``auto``,
+    resolved where not given. With ``ticket`` (and ``state``, if a round was under way) the search goes on from there,
+    bit for bit as if never stopped. Raises DivergedError if a loss is not finite.
     """
-    engine = make_engine(dataclasses.replace(recipe, compute=compute), source)
+    data = source or load(recipe.data.name, data_root())
+    compute = compute or resolve(recipe, lambda candidate: make_engine(candidate, data)).compute
+    engine = make_engine(dataclasses.replace(recipe, compute=compute), data)
     weights = {n: engine.weights()[n] for n in engine.weight_names}
     numbers = {n: i for i, n in enumerate(weights)}
     all_weights = sum(w.numel() for w in weights.values())

@@ -189,3 +189,12 @@ def test_the_winning_ticket_is_the_sparsest_that_is_no_worse_and_no_later():
     # over replicates the means count
     assert winning_round([rounds_of((0.9, 100), (0.95, 90)), rounds_of((0.9, 100), (0.86, 110))]) == 1
     assert winning_round([rounds_of((0.9, 100), (0.95, 90)), rounds_of((0.9, 100), (0.84, 110))]) is None
+
+
+def test_a_recipe_alone_is_enough_and_nothing_is_written(tmp_path, monkeypatch):
+    import fastlth
+
+    monkeypatch.chdir(tmp_path)
+    recipe = small_recipe(prune__rounds=1, compute__threads=0)
+    rounds = [e.round for e in fastlth.find_tickets(recipe) if isinstance(e, RoundFinished)]
+    assert rounds == [0, 1] and list(tmp_path.iterdir()) == []

@@ -120,13 +120,11 @@ def _measure(
 ) -> dict[ComputeSection, float]:
     """Training images/s per candidate, by alternated single steps, because a neighbour on the machine slows down
     whoever is being timed at the moment. At least ``steps`` each; about ``MEASURE_SECONDS`` in all."""
-    keys = {(c.precision, c.compile): c for c in candidates}
-    engines = {key: make_engine(dataclasses.replace(recipe, compute=c)) for key, c in keys.items()}
+    engines = {c: make_engine(dataclasses.replace(recipe, compute=c)) for c in candidates}
     times: dict[ComputeSection, list[float]] = {c: [] for c in candidates}
 
     def step(compute: ComputeSection) -> float:
-        engine = engines[compute.precision, compute.compile]
-        torch.set_num_threads(compute.threads)
+        engine = engines[compute]
         engine.interval()  # its record holds one interval's steps and no more
         started = time.perf_counter()
         engine.run(0, 1)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from fastlth.data.normalise import normalise, table
 from fastlth.models import build
 from fastlth.search import RoundFinished, find_tickets
+from fastlth.training import host
 from fastlth.training.engines.make import make_engine
 from tests.helpers import assert_masked, assert_same_bits, compute, half_masks, random_source, small_recipe
 
@@ -87,10 +88,11 @@ def test_interval_is_the_mean_over_images_not_over_batches():
     recipe = conv_recipe(train__drop_last=False, train__batch_size=48)  # 256 images: the last batch has 16
     engine = make_engine(recipe, random_source("digits"))
     means, sizes = [], []
-    for batch in engine._loader.batches(0, 6):
-        loss, _ = engine._step(batch)
-        means.append(float(loss))
-        sizes.append(len(batch.labels))
+    with host.settings(recipe.compute.threads):
+        for batch in engine._loader.batches(0, 6):
+            loss, _ = engine._step(batch)
+            means.append(float(loss))
+            sizes.append(len(batch.labels))
     assert sizes == [48] * 5 + [16]
     other = make_engine(recipe, random_source("digits"))
     other.run(0, 6)

@@ -14,6 +14,7 @@ from fastlth.catalogue import DATASETS
 from fastlth.data.loader import Batch
 from fastlth.data.normalise import normalise, table
 from fastlth.models import build
+from fastlth.training import host
 from fastlth.training.engines.dense import DenseEngine
 from fastlth.training.engines.make import make_engine
 from fastlth.training.optim import MaskedOptimizer
@@ -159,10 +160,28 @@ def test_learning_rate_is_a_device_scalar_with_one_address():
     assert seen == pytest.approx(expected, rel=1e-6)
 
 
-def test_denormals_are_flushed_by_every_thread():
-    make_engine(small_recipe(), random_source("digits"))
-    tiny = torch.full((1 << 20,), 1e-38)
-    assert int(((tiny * 0.01) != 0).sum()) == 0
+def test_denormals_are_flushed_by_every_thread_while_an_engine_computes():
+    with host.settings(2):
+        tiny = torch.full((1 << 20,), 1e-38)
+        assert int(((tiny * 0.01) != 0).sum()) == 0
+
+
+def test_training_flushes_denormals_and_gives_the_process_its_arithmetic_back():
+    engine, _ = masked_engine(small_recipe(), random_source("digits"), threads=1)
+    torch.set_num_threads(2)
+    seen = []
+    inner = engine._step._loss_and_hits
+
+    def noted(*inputs):
+        seen.append((host.flushes_denormals(), torch.get_num_threads()))
+        return inner(*inputs)
+
+    engine._step._loss_and_hits = noted
+    assert not host.flushes_denormals()
+    engine.run(0, 1)
+    engine.evaluate("test")
+    assert seen == [(True, 1)]
+    assert not host.flushes_denormals() and torch.get_num_threads() == 2
 
 
 def test_both_loaders_train_the_same_bits(tmp_path, monkeypatch):

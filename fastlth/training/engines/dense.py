@@ -12,6 +12,7 @@ from fastlth.data.sources import Images
 from fastlth.models import build, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
+from fastlth.training import host
 from fastlth.training.engines.base import Chunk, Tensors
 from fastlth.training.evaluate import Scores, evaluate
 from fastlth.training.optim import MaskedOptimizer
@@ -60,11 +61,12 @@ class DenseEngine:
     def run(self, first: int, last: int) -> Chunk:
         train, schedule, row = self._recipe.train, self._recipe.schedule, int(self._filled)
         begin = row
-        for iteration, batch in zip(range(first, last), self._loader.batches(first, last), strict=True):
-            self._optimizer.lr.fill_(lr_at(iteration, train.lr, schedule))
-            self._losses[row], self._hits[row] = self._step(batch)
-            self._images[row] = len(batch.labels)
-            row += 1
+        with host.settings(self._recipe.compute.threads):
+            for iteration, batch in zip(range(first, last), self._loader.batches(first, last), strict=True):
+                self._optimizer.lr.fill_(lr_at(iteration, train.lr, schedule))
+                self._losses[row], self._hits[row] = self._step(batch)
+                self._images[row] = len(batch.labels)
+                row += 1
         self._filled.fill_(row)
         bad = (~self._losses[begin:row].isfinite()).nonzero()  # the one host read of a chunk
         return Chunk(int(self._images[begin:row].sum()), first + int(bad[0]) if len(bad) else None)
@@ -96,8 +98,9 @@ class DenseEngine:
 
     def evaluate(self, split: str, images: int | None = None) -> Scores:
         pixels, labels = (tensor[:images] for tensor in self._splits[split])
-        return evaluate(self.model, pixels, labels, self._table,
-                        precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
+        with host.settings(self._recipe.compute.threads):
+            return evaluate(self.model, pixels, labels, self._table,
+                            precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:
         return {name: t.detach() for name, t in self.model.state_dict(keep_vars=True).items()}

@@ -22,11 +22,6 @@ from fastlth.training.engines.dense import DenseEngine
 def make_engine(recipe: Recipe, source: Source) -> Engine:
     """The engine of a recipe whose compute section holds no ``auto``."""
     compute, train = recipe.compute, recipe.train
-    if compute.threads != torch.get_num_threads():
-        torch.set_num_threads(compute.threads)
-    # Softmax residuals and Adam's moments decay into denormals, and a CPU gets slower and slower (by a quarter over
-    # 30,000 steps of LeNet, and growing). It is a setting of the process; GPUs flush them anyway.
-    torch.set_flush_denormal(True)
     kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
     order = Order(len(kept), train.batch_size, train.drop_last, recipe.seeds.key("order"))
     device = torch.device(compute.device)

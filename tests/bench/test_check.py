@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import tomllib
 
 import pytest
@@ -14,7 +13,6 @@ from fastlth.bench import check, counts, rounds, step
 from fastlth.bench.paired import Paired
 from fastlth.bench.rivals import Eager, Plain
 from fastlth.bench.subject import Ours, masks_of_round, random_source, recipe_for, row
-from fastlth.cli.main import main
 from fastlth.composition import compose
 from tests.helpers import CPU, assert_masked
 
@@ -143,42 +141,31 @@ def test_the_rivals_learn():
         assert accuracy > 0.9
 
 
-def call(monkeypatch, capfd, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fastlth", *arguments])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capfd.readouterr()
-    return code, out, err
-
-
-def test_outside_a_checkout_check_says_so(monkeypatch, capfd, tmp_path):
+def test_outside_a_checkout_check_says_so(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, err = call(monkeypatch, capfd, "bench", "--check")
+    code, _, err = command("bench", "--check")
     assert code == 2 and "needs a checkout" in err
 
 
-def test_a_regression_exits_with_3_and_names_the_row(monkeypatch, capfd, tmp_path):
+def test_a_regression_exits_with_3_and_names_the_row(command, monkeypatch, tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "expected.toml").write_text('[counts]\n"step x operations" = 10\n\n[floors]\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(counts, "measure", lambda: {"step x operations": 12})
     monkeypatch.setattr(check, "measured_rows", lambda: iter(()))
-    code, out, err = call(monkeypatch, capfd, "bench", "--check", "--json")
+    code, out, err = command("bench", "--check", "--json")
     assert code == 3 and "step x operations: worse by +20.0% (expected 10, found 12)" in err
     assert json.loads(out)["verdicts"][0]["passed"] is False
-    code, _, _ = call(monkeypatch, capfd, "bench", "--check", "--update")
+    code, _, _ = command("bench", "--check", "--update")
     assert code == 0 and tomllib.loads((tmp_path / "benchmarks" / "expected.toml").read_text())["counts"] == {
         "step x operations": 12
     }
-    assert call(monkeypatch, capfd, "bench", "--check")[0] == 0
+    assert command("bench", "--check")[0] == 0
 
 
-def test_bench_step_prints_one_document_and_draws(monkeypatch, capfd, tmp_path):
+def test_bench_step_prints_one_document_and_draws(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, out, err = call(monkeypatch, capfd, "bench", "step", "lenet-300-100", "digits", "--rounds", "0,20",
+    code, out, err = command("bench", "step", "lenet-300-100", "digits", "--rounds", "0,20",
                           "--seconds", "0.2", "--json", "--plot", "step.svg")  # fmt: skip
     assert code == 0, err
     document = json.loads(out)

@@ -9,28 +9,17 @@ import sys
 import pytest
 
 import fastlth
-from fastlth.cli.main import app, main
+from fastlth.cli.main import app
 
 SHORT = ["--iterations", "20", "--set", "evaluate.every=10", "--rounds", "2", "--device", "cpu",
          "--precision", "fp32", "--compile", "off", "--set", "compute.threads=1"]  # fmt: skip
 
 
 @pytest.fixture
-def run(monkeypatch, capfd, tmp_path):
+def run(command, monkeypatch, tmp_path):
     """Run the command in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastlth", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+    return command
 
 
 def test_help_imports_no_torch():
@@ -59,11 +48,11 @@ def commands():
     return list(walk(typer.main.get_command(app), []))
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_every_command_has_help_with_an_example(run, command):
-    code, out, _ = run(*command, "--help")
+@pytest.mark.parametrize("path", commands(), ids=" ".join)
+def test_every_command_has_help_with_an_example(run, path):
+    code, out, _ = run(*path, "--help")
     assert code == 0
-    assert f"Example: fastlth {' '.join(command)}" in " ".join(out.split())
+    assert f"Example: fastlth {' '.join(path)}" in " ".join(out.split())
 
 
 def test_find_ticket_end_to_end(run, tmp_path):

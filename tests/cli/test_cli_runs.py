@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
 import pytest
 
 import fastlth
-from fastlth.cli.main import main
 from tests.helpers import small_recipe
 
 
@@ -29,31 +29,32 @@ def folder(tmp_path):
     return tmp_path, run, other
 
 
-def call(monkeypatch, capfd, *arguments, answer="n\n"):
-    import io
+@pytest.fixture
+def clean(command, monkeypatch):
+    """Run ``fastlth runs clean`` and answer its question: (stdout, stderr)."""
 
-    monkeypatch.setattr(sys, "argv", ["fastlth", "runs", "clean", *map(str, arguments)])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
-    try:
-        main()
-    except SystemExit as stop:
-        assert not stop.code
-    return capfd.readouterr()
+    def call(*arguments, answer="n\n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        code, out, err = command("runs", "clean", *arguments)
+        assert code == 0, err
+        return out, err
+
+    return call
 
 
-def test_nothing_goes_without_a_yes(folder, monkeypatch, capfd):
+def test_nothing_goes_without_a_yes(folder, clean):
     out, _, _ = folder
     before = files(out)
-    shown = call(monkeypatch, capfd, "--out", out, "--trained")
-    assert all(s in shown.err for s in ("state.safetensors", "round-1.safetensors", "remove these 3 files?"))
+    _, err = clean("--out", out, "--trained")
+    assert all(s in err for s in ("state.safetensors", "round-1.safetensors", "remove these 3 files?"))
     assert files(out) == before
 
 
-def test_a_yes_removes_what_was_said_and_leaves_unfinished_runs_alone(folder, monkeypatch, capfd):
+def test_a_yes_removes_what_was_said_and_leaves_unfinished_runs_alone(folder, clean):
     out, run, other = folder
     before = files(out)
-    shown = call(monkeypatch, capfd, "--out", out, "--trained", "--yes", "--json")
-    removed = {p.removeprefix(f"{out}/") for p in json.loads(shown.out)["removed"]}
+    out_text, _ = clean("--out", out, "--trained", "--yes", "--json")
+    removed = {p.removeprefix(f"{out}/") for p in json.loads(out_text)["removed"]}
     relative = run.relative_to(out)
     assert removed == {f"{relative}/{n}" for n in
                        ("state.safetensors", "weights/round-0.safetensors", "weights/round-1.safetensors")}  # fmt: skip
@@ -61,8 +62,8 @@ def test_a_yes_removes_what_was_said_and_leaves_unfinished_runs_alone(folder, mo
     assert (other / "state.safetensors").exists()
 
 
-def test_trained_weights_stay_unless_asked_for(folder, monkeypatch, capfd):
+def test_trained_weights_stay_unless_asked_for(folder, clean):
     out, run, _ = folder
-    call(monkeypatch, capfd, "--out", out, answer="y\n")
+    clean("--out", out, answer="y\n")
     assert not (run / "state.safetensors").exists()
     assert len(list((run / "weights").iterdir())) == 2

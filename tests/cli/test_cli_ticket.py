@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -17,23 +18,13 @@ NAMES = ["--model", "lenet-300-100", "--dataset", "digits"]
 
 
 @pytest.fixture
-def run(monkeypatch, capfd, tmp_path):
+def run(command, monkeypatch, tmp_path):
     """Run the command in a folder with a.ticket and b.ticket: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     make_ticket(tmp_path / "a.ticket")
     make_ticket(tmp_path / "b.ticket", rounds=3, seed=2)
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastlth", "ticket", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+    return functools.partial(command, "ticket")
 
 
 def test_diff(run):

@@ -242,6 +242,7 @@ class _Saver:
         self._cost = self._saved - started
 
     def round(self, event: RoundFinished) -> None:
+        """Save a finished round: its trained weights if they are kept, then the ticket, then drop the state."""
         self._settle()
         ticket = event.ticket
         self._metrics.sync()

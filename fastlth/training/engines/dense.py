@@ -59,7 +59,7 @@ class DenseEngine:
         self._filled = torch.zeros((), dtype=torch.int64)
 
     def run(self, first: int, last: int) -> Chunk:
-        """Steps first to last - 1, at most ``evaluate.every`` since the last ``interval``; one host read, at the end."""
+        """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""
         train, schedule, row = self._recipe.train, self._recipe.schedule, int(self._filled)
         begin = row
         with host.settings(self._recipe.compute.threads):

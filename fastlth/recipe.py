@@ -214,9 +214,11 @@ class ComputeSection:
     loader: str = "auto"
     """auto, resident (the set lives on the device) or ffcv (streamed)"""
     engine: str = "auto"
-    """auto or dense"""
+    """auto, dense (any net, any device) or sparse (fully connected nets on a CPU: cost falls with density)"""
     threads: int = 0
-    """CPU threads; 0: as many as torch finds"""
+    """CPU threads; 0: as many as torch finds, or as measured fastest"""
+    break_even: float = -1.0
+    """density at or below which the sparse engine runs a layer from its kept weights alone; -1: measured"""
 
     def __post_init__(self) -> None:
         _check("compute.device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
@@ -225,7 +227,9 @@ class ComputeSection:
         _choice("compute.compile", self.compile, ("auto", "on", "off"))
         _choice("compute.channels_last", self.channels_last, ("auto", "on", "off"))
         _choice("compute.loader", self.loader, ("auto", "resident", "ffcv"))
-        _choice("compute.engine", self.engine, ("auto", "dense"))
+        _choice("compute.engine", self.engine, ("auto", "dense", "sparse"))
+        _check("compute.break_even", self.break_even == -1 or 0 <= self.break_even <= 1,
+               "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
         _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
 
 
@@ -311,9 +315,7 @@ SECTIONS: dict[str, type[Any]] = typing.get_type_hints(Recipe)
 
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:
-    values = {
-        f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(cls)
-    }
+    values = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(cls)}
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

@@ -1,8 +1,8 @@
 """Running a search for real: consumes the events of ``search.py``, keeps the run directory, can be stopped.
 
-    started run        -> its result, or it goes on from the last save
-    every safe point   -> a save when one is due, a stop when one was asked for
-    every round        -> metrics, search.ticket
+started run        -> its result, or it goes on from the last save
+every safe point   -> a save when one is due, a stop when one was asked for
+every round        -> metrics, search.ticket
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastlth.data.sources import Source, data_root, load
-from fastlth.errors import DeviceError, Stopped
+from fastlth.errors import DeviceError, RecipeError, Stopped
 from fastlth.metrics import record
 from fastlth.models import INIT_VERSION, skeleton, weight_names
 from fastlth.pruning import layer_rates
@@ -33,7 +33,7 @@ from fastlth.store.run import Run, State
 from fastlth.store.ticket import EncodedTheta, Ticket
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import device, environment, loader, resolve
+from fastlth.training.resolve import device, engine, environment, loader, resolve
 from fastlth.training.trainer import ChunkDone
 
 
@@ -129,11 +129,12 @@ def check(recipe: Recipe) -> None:
     """Everything that can be wrong with a recipe on this machine, before any file is touched.
 
     Raises RecipeError (a net that does not fit the images, contradictory rates, a loader that is not
-    installed) or DeviceError.
+    installed, an engine that cannot train it) or DeviceError.
     """
     layer_rates(weight_names(skeleton(recipe)), recipe.prune)
     device(recipe.compute.device)
     loader(recipe.compute.loader)
+    engine(recipe)
 
 
 def resume(
@@ -192,11 +193,14 @@ def _settle(
     kept = directory.resolved or resolved
     moved = None
     if kept is not None:
-        compute = ComputeSection(**{f.name: kept[f.name] for f in dataclasses.fields(ComputeSection)})
+        compute = ComputeSection(**{f.name: kept[f.name] for f in dataclasses.fields(ComputeSection) if f.name in kept})
         try:
             device(compute.device)
+            engine(dataclasses.replace(recipe, compute=compute))
         except DeviceError:
             kept, moved = None, f"{compute.device} is not there any more"
+        except RecipeError as error:
+            kept, moved = None, str(error)
     measured: Mapping[str, float] = {}
     if kept is None:
         choice = resolve(recipe, lambda candidate: make_engine(candidate, source))

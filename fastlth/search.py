@@ -181,6 +181,7 @@ def round_result(
         "test_accuracy": progress.test_accuracy,
         "train_accuracy": engine.evaluate("train", progress.iteration * recipe.train.batch_size).accuracy,
         "engine": engine.name,
+        "layers": engine.layers,
         "seconds": progress.seconds,
         "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
     }

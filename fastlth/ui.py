@@ -108,6 +108,8 @@ class View:
         how += ["channels-last"] if compute.channels_last == "on" else []
         how += [f"{compute.loader} loader", f"{compute.engine} engine"]
         how += [f"{compute.threads} thread{'s' if compute.threads > 1 else ''}"] if compute.device == "cpu" else []
+        if compute.engine == "sparse":
+            how += [f"kept weights alone at density {compute.break_even:g} and below"]
         self._print(f"{', '.join(how)}; {event.path}")
         if event.measured:
             self._print("timed: " + "; ".join(f"{k} {v:,.0f} images/s" for k, v in event.measured.items()))
@@ -200,5 +202,3 @@ def _sentence(r: Mapping[str, Any]) -> str:
         f"test {r['early_stop_test_accuracy']:.2%} there, {r['test_accuracy']:.2%} at the end  "
         f"{duration(r['seconds'])} at {r['images_per_second']:,.0f} images/s"
     )
-
-

@@ -340,9 +340,7 @@ def test_unknown_settings_get_a_suggestion(tmp_path):
     assert "unknown setting 'prune.rat' (did you mean 'prune.rate'?)" in refused(
         "vgg19", "cifar-10", settings={"prune.rat": 0.1}
     )
-    assert "unknown section 'prun' (did you mean 'prune'?)" in refused(
-        "vgg19", "cifar-10", settings={"prun.rate": 0.1}
-    )
+    assert "unknown section 'prun' (did you mean 'prune'?)" in refused("vgg19", "cifar-10", settings={"prun.rate": 0.1})
     assert "unknown section 'prun' (did you mean 'prune'?)" in refused(
         "vgg19", "cifar-10", config=config(tmp_path, "[prun]\nrate = 0.1\n")
     )

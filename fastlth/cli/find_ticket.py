@@ -37,7 +37,7 @@ def find_ticket(
     precision: Annotated[str | None, Opt(help="auto, fp32 or bf16")] = None,
     compile: Annotated[str | None, Opt(help="auto, on or off: torch.compile")] = None,
     loader: Annotated[str | None, Opt(help="auto, resident or ffcv")] = None,
-    engine: Annotated[str | None, Opt(help="auto or dense")] = None,
+    engine: Annotated[str | None, Opt(help="auto, dense or sparse")] = None,
     theta0: Annotated[str | None, Opt(help="stored, or seed: keep only the seed of theta0 in the ticket.")] = None,
     keep_weights: Annotated[str | None, Opt(help="none, last or all: keep trained weights (default: none)")] = None,
     save_every: Annotated[str | None, Opt(help="Time between saves inside a round (default: 60s)")] = None,

@@ -19,7 +19,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
 
 
 def seconds(text: str | None) -> float | None:
-    """"60s", "2min" or "60" as seconds. Raises RecipeError for anything else."""
+    """ "60s", "2min" or "60" as seconds. Raises RecipeError for anything else."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)?", text.strip())

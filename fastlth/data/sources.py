@@ -109,7 +109,7 @@ def load(name: str, root: Path, download: bool = True, tables: Mapping[str, File
 
 
 def state(name: str, root: Path, tables: Mapping[str, Files] = FILES) -> str:
-    """"ready", "missing" or "damaged: <what>", from file sizes alone; nothing is read."""
+    """ "ready", "missing" or "damaged: <what>", from file sizes alone; nothing is read."""
     problem = _problem(tables[dataset_name(name)], root)
     if problem in ("", "missing"):
         return problem or "ready"
@@ -121,7 +121,7 @@ def _where(table: Files, root: Path) -> str:
 
 
 def _problem(table: Files, root: Path) -> str:
-    """"" if all files have their sizes, "missing" if there is none, else a clause naming the first bad one."""
+    """ "" if all files have their sizes, "missing" if there is none, else a clause naming the first bad one."""
     folder = root / table.folder
     try:
         sizes = {f: (folder / f.name).stat().st_size for f in table.files if (folder / f.name).is_file()}
@@ -138,7 +138,7 @@ def _problem(table: Files, root: Path) -> str:
 
 
 def _damage(table: Files, root: Path) -> str:
-    """"" if all files have their md5, else a clause naming the first that has not. CIFAR-10: 0.4 s."""
+    """ "" if all files have their md5, else a clause naming the first that has not. CIFAR-10: 0.4 s."""
     for file in table.files:
         path = root / table.folder / file.name
         try:

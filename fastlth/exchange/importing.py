@@ -68,9 +68,7 @@ def import_ticket(
     return Imported(ticket, (*found.notes, *notes))
 
 
-def _recipe(
-    found: Foreign, format: str, model: str | None, dataset: str | None, settings: Mapping[str, Any]
-) -> Recipe:
+def _recipe(found: Foreign, format: str, model: str | None, dataset: str | None, settings: Mapping[str, Any]) -> Recipe:
     if found.recipe is None:
         if model is None or dataset is None:
             raise RecipeError(f"--format {format} needs --model and --dataset, since such files do not name them; "

@@ -86,9 +86,7 @@ def _weights(foreign: Foreign) -> dict[str, Size]:
     return shapes
 
 
-def _by_place(
-    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: Mapping[str, str]
-) -> dict[str, Tensor]:
+def _by_place(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """Layer by layer in order; ``names`` are those of the masks, from ``_names``.
 
     A convolution's bias before batch norm, which our nets do not have, goes into the running mean: the net
@@ -118,7 +116,7 @@ def _by_place(
 
 
 def _layers(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """"conv1.weight" -> "conv1" -> "weight", in order."""
+    """ "conv1.weight" -> "conv1" -> "weight", in order."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         layer, _, leaf = name.rpartition(".")

@@ -155,8 +155,7 @@ def _layout(kinds: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Slot]
 def _header_bytes(slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> bytes:
     """The padded header; ``metadata`` has every string but ``header_sha256``."""
     header: dict[str, Any] = {
-        name: {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [s.begin, s.end]}
-        for name, s in slots.items()
+        name: {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [s.begin, s.end]} for name, s in slots.items()
     }
     header["__metadata__"] = dict(metadata)
     digest = hashlib.sha256(strict_json.dumps(header).encode()).hexdigest()

@@ -20,9 +20,7 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, pixels: Tensor, labels: Tensor, table: Tensor, *, precision: str, batch: int
-) -> Scores:
+def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor, table: Tensor, *, precision: str, batch: int) -> Scores:
     """Scores of ``model`` in evaluation mode on pixels uint8 [N, H, W, C] and labels int64 [N], unaugmented.
 
     The model is left in training mode. One host read, at the end.

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ from fastlth.data import ffcv
 from fastlth.errors import DeviceError, RecipeError
 from fastlth.models import skeleton
 from fastlth.recipe import ComputeSection, Recipe
+from fastlth.training.engines import sparse
 from fastlth.training.engines.base import Engine
+
+MakeEngine = Callable[[Recipe], Engine]
 
 # bf16 changes which weights rank lowest, so it must be clearly faster, not a coin toss between two runs.
 BF16_GAIN = 1.25
@@ -32,6 +36,9 @@ COMPILE_GAIN = 1.05
 ONE_THREAD_BONUS = 1.1
 SMALL_STEP_SECONDS = 0.02
 MEASURE_SECONDS = 1.0
+CALL_SECONDS = 0.01
+BREAK_EVEN = 0.5
+"""of the sparse engine, until it is measured"""
 # Compiling takes half a minute to a minute: it is tried where it can be a few percent of the search at most.
 COMPILE_WORTH_SECONDS = 1800.0
 
@@ -62,7 +69,9 @@ def device(name: str) -> str:
 def environment(compute: ComputeSection) -> dict[str, str]:
     """What, beside the resolved recipe, the bits of a result depend on."""
     on_cuda = compute.device.startswith("cuda")
+    compiler = {"numba": version("numba")} if compute.engine == "sparse" else {}
     return {
+        **compiler,
         "device": torch.cuda.get_device_name(compute.device) if on_cuda else platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "fastlth": fastlth.__version__,
@@ -71,30 +80,87 @@ def environment(compute: ComputeSection) -> dict[str, str]:
     }
 
 
-def resolve(recipe: Recipe, make_engine: Callable[[Recipe], Engine]) -> Resolved:
+def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
     """Replace every ``auto`` of ``recipe.compute``. ``make_engine`` builds an engine for timing.
 
-    Raises DeviceError and, for a loader that is not installed, RecipeError.
+    Raises DeviceError and, for a loader or an engine that cannot be used, RecipeError.
     """
-    asked = recipe.compute
+    asked, rates = recipe.compute, dict[str, float]()
     fixed = dataclasses.replace(
-        asked, device=device(asked.device), engine="dense", loader=loader(asked.loader),
-        threads=asked.threads or torch.get_num_threads(),
-        compile="off" if asked.compile == "auto" else asked.compile,
+        asked, device=device(asked.device), engine="dense", loader=loader(asked.loader), break_even=0.0,
+        threads=asked.threads or torch.get_num_threads(), precision=asked.precision.replace("auto", "fp32"),
+        compile=asked.compile.replace("auto", "off"),
         channels_last=asked.channels_last if asked.channels_last != "auto" else _channels_last(recipe),
     )  # fmt: skip
-    precisions = ["fp32", "bf16"] if asked.precision == "auto" else [asked.precision]
-    chosen = dataclasses.replace(fixed, precision=precisions[0])
-    rates: dict[str, float] = {}
+    chosen = None
+    if engine(recipe) != "dense":
+        chosen = _sparse(recipe, fixed, make_engine, rates)
+    if chosen is None:
+        chosen = _dense(recipe, fixed, make_engine, rates)
+    return Resolved(chosen, {name: round(rate, 1) for name, rate in rates.items()})
+
+
+def engine(recipe: Recipe) -> str:
+    """The engine asked for, or "auto" where more than one could train the recipe. Raises RecipeError if the one
+    asked for cannot."""
+    asked = recipe.compute.engine
+    reason = None if asked == "dense" else sparse.unsupported(recipe)
+    if reason is None and device(recipe.compute.device) != "cpu":
+        reason = f"the device is {device(recipe.compute.device)}"
+    if asked == "sparse" and reason:
+        raise RecipeError(f"--engine sparse cannot train this: {reason}; use --engine auto or dense")
+    return "dense" if reason else asked
+
+
+def _sparse(
+    recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates: dict[str, float]
+) -> ComputeSection | None:
+    """The sparse engine with its threads and break-even, or None where the dense one is faster in the middle of the
+    search."""
+    asked = recipe.compute
+    guess = asked.break_even if asked.break_even != -1 else BREAK_EVEN
+    wide = dataclasses.replace(fixed, engine="sparse", channels_last="off", break_even=guess)
+    candidates = [wide]
+    if not asked.threads and wide.threads > 1:
+        candidates.append(dataclasses.replace(wide, threads=1))
+    if asked.engine == "auto":
+        candidates.append(fixed)
+    middle = (1 - recipe.prune.rate) ** (recipe.prune.rounds / 2)
+    measured = _measure(recipe, candidates, make_engine, density=middle)
+    rates |= {_label(c): rate for c, rate in measured.items()}
+    chosen = max(candidates, key=lambda c: measured[c])
+    if chosen is fixed:
+        return None
+    if asked.break_even == -1:
+        chosen = dataclasses.replace(chosen, break_even=_break_even(recipe, chosen, make_engine))
+    return chosen
+
+
+def _break_even(recipe: Recipe, compute: ComputeSection, make_engine: MakeEngine) -> float:
+    """The density at which kept weights alone cost as much as all of them: a step's time is linear in the density."""
+    seconds = {}
+    for density in (0.5, 0.2):
+        candidates = [dataclasses.replace(compute, break_even=limit) for limit in (0.0, 1.0)]
+        measured = _measure(recipe, candidates, make_engine, density=density)
+        seconds[density] = [recipe.train.batch_size / measured[c] for c in candidates]
+    slope = (seconds[0.5][1] - seconds[0.2][1]) / 0.3
+    whole = statistics.fmean(times[0] for times in seconds.values())
+    crossing = 0.5 + (whole - seconds[0.5][1]) / slope if slope > 0 else 1.0
+    return round(min(max(crossing, 0.0), 1.0), 2)
+
+
+def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates: dict[str, float]) -> ComputeSection:
+    """The dense engine with the fastest of the threads, precisions and compilation that were left open."""
+    asked, chosen = recipe.compute, fixed
     if fixed.device == "cpu" and not asked.threads and fixed.threads > 1:
         alone = dataclasses.replace(chosen, threads=1)
-        if recipe.train.batch_size / _measure(recipe, [alone], make_engine, steps=1)[alone] < SMALL_STEP_SECONDS:
+        if recipe.train.batch_size / _measure(recipe, [alone], make_engine, calls=1)[alone] < SMALL_STEP_SECONDS:
             measured = _measure(recipe, [chosen, alone], make_engine)
             rates |= {_label(c): rate for c, rate in measured.items()}
             if measured[alone] > measured[chosen] / ONE_THREAD_BONUS:
                 chosen = alone
-    for other in precisions[1:]:
-        candidate = dataclasses.replace(chosen, precision=other)
+    if asked.precision == "auto":
+        candidate = dataclasses.replace(chosen, precision="bf16")
         measured = _measure(recipe, [chosen, candidate], make_engine)
         rates |= {_label(c): rate for c, rate in measured.items()}
         if measured[candidate] > BF16_GAIN * measured[chosen]:
@@ -107,38 +173,54 @@ def resolve(recipe: Recipe, make_engine: Callable[[Recipe], Engine]) -> Resolved
             rates |= {_label(c): rate for c, rate in measured.items()}
             if measured[compiled] > COMPILE_GAIN * measured[chosen]:
                 chosen = compiled
-    return Resolved(chosen, {name: round(rate, 1) for name, rate in rates.items()})
+    return chosen
 
 
 def _label(compute: ComputeSection) -> str:
+    engine = "sparse, " if compute.engine == "sparse" else ""
     plural = "s" if compute.threads > 1 else ""
-    return f"{compute.precision}, {compute.threads} thread{plural}{', compiled' if compute.compile == 'on' else ''}"
+    compiled = ", compiled" if compute.compile == "on" else ""
+    return f"{engine}{compute.precision}, {compute.threads} thread{plural}{compiled}"
 
 
 def _measure(
-    recipe: Recipe, candidates: list[ComputeSection], make_engine: Callable[[Recipe], Engine], steps: int = 3
+    recipe: Recipe, candidates: list[ComputeSection], make_engine: MakeEngine, *, calls: int = 3, density: float = 1.0
 ) -> dict[ComputeSection, float]:
-    """Training images/s per candidate, by alternated single steps, because a neighbour on the machine slows down
-    whoever is being timed at the moment. At least ``steps`` each; about ``MEASURE_SECONDS`` in all."""
+    """Training images/s per candidate, by alternated calls, because a neighbour on the machine slows down whoever
+    is being timed at the moment. At least ``calls`` each; about ``MEASURE_SECONDS`` in all."""
     engines = {c: make_engine(dataclasses.replace(recipe, compute=c)) for c in candidates}
+    steps = dict.fromkeys(candidates, 1)
     times: dict[ComputeSection, list[float]] = {c: [] for c in candidates}
 
-    def step(compute: ComputeSection) -> float:
+    def call(compute: ComputeSection) -> float:
         engine = engines[compute]
         engine.interval()  # its record holds one interval's steps and no more
         started = time.perf_counter()
-        engine.run(0, 1)
-        return time.perf_counter() - started
+        engine.run(0, steps[compute])
+        return (time.perf_counter() - started) / steps[compute]
 
-    for compute in candidates:
-        step(compute)  # warm-up; compiles where asked for
+    for compute, engine in engines.items():
+        _prune_at_random(engine, density)
+        call(compute)  # warm-up; compiles where asked for
+        longest = min(recipe.evaluate.every, recipe.train.iterations)
+        steps[compute] = max(1, min(longest, int(CALL_SECONDS / call(compute))))
     began = time.perf_counter()
-    while len(times[candidates[-1]]) < steps or (steps > 1 and time.perf_counter() - began < MEASURE_SECONDS):
+    while len(times[candidates[-1]]) < calls or (calls > 1 and time.perf_counter() - began < MEASURE_SECONDS):
         for compute in candidates:
-            times[compute].append(step(compute))
+            times[compute].append(call(compute))
     # the fastest fifth: what the candidate does when it is left alone
     fast = {c: statistics.quantiles(t, n=5)[0] if len(t) > 4 else min(t) for c, t in times.items()}
     return {c: recipe.train.batch_size / seconds for c, seconds in fast.items()}
+
+
+def _prune_at_random(engine: Engine, density: float) -> None:
+    """Masks of one density everywhere; what a step costs depends on nothing else."""
+    if density < 1:
+        generator = torch.Generator().manual_seed(0)
+        weights = {n: t.clone() for n, t in engine.weights().items()}
+        masks = {n: torch.rand(weights[n].shape, generator=generator) < density for n in engine.prunable}
+        engine.set_masks({n: m.to(weights[n].device) for n, m in masks.items()})
+        engine.rewind(weights)
 
 
 def _images_ahead(recipe: Recipe) -> float:

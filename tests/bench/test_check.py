@@ -71,9 +71,7 @@ def test_the_file_has_a_floor_for_every_gated_row_and_every_count(monkeypatch):
     for module in (step, rounds, check.loaders, check.startup):
         monkeypatch.setattr(f"{module.__name__}.paired", lambda a, b, **_: timing(2.0, 1.9, 2.1))
     names = {check.ratio_name(r) for r in check.measured_rows()}
-    assert names >= set(table["floors"]) and names - set(table["floors"]) <= {
-        n for n in names if "ffcv" in n
-    }
+    assert names >= set(table["floors"]) and names - set(table["floors"]) <= {n for n in names if "ffcv" in n}
 
 
 @pytest.mark.slow

@@ -119,9 +119,7 @@ def test_biases_are_zero_or_uniform_in_one_over_the_square_root_of_the_fan_in():
     for place, (name, p) in enumerate(model.named_parameters()):
         if name in ("conv.bias", "output.bias"):
             bound = 1 / math.sqrt({"conv.bias": 2 * 9, "output.bias": 12}[name])
-            expected = [
-                bound * ((philox(i // 4, 0, place, 0, KEY)[i % 4] >> 8) / 2**23 - 1) for i in range(p.numel())
-            ]
+            expected = [bound * ((philox(i // 4, 0, place, 0, KEY)[i % 4] >> 8) / 2**23 - 1) for i in range(p.numel())]
             np.testing.assert_allclose(drawn[name].numpy(), expected, rtol=1e-7)
         else:  # the kind of the biases changes nothing else
             assert torch.equal(zero[name], drawn[name])

@@ -73,9 +73,7 @@ def test_arrays_lie_by_size_then_name_so_that_all_are_aligned(tmp_path: Path) ->
     arrays=st.dictionaries(
         st.text(min_size=1, max_size=6).filter(lambda n: n != "__metadata__"),
         st.sampled_from(sorted(container.DTYPES)).flatmap(
-            lambda d: hnp.arrays(
-                container.DTYPES[d], hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
-            )
+            lambda d: hnp.arrays(container.DTYPES[d], hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
         ),
         max_size=5,
     ),

@@ -29,6 +29,13 @@ class Engine(Protocol):
     weight_names: list[str]
     """the weights of all Linear and Conv layers, in model order"""
 
+    prunable: list[str]
+    """those of them that the recipe prunes"""
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """How each layer with weights runs: "dense", or "kept" where only its kept weights are touched."""
+
     def rewind(self, start: Tensors) -> None:
         """Copy theta_k in place (parameters and buffers), mask it, and forget the optimizer's state."""
 
@@ -45,10 +52,10 @@ class Engine(Protocol):
         """Scores on "train", "validation" or "test", or their first ``images``, unaugmented, in evaluation mode."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The present parameters and buffers (live tensors, not copies)."""
+        """The parameters and buffers as they are now; not to be changed, and not to be used after the next step."""
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a resume needs (live tensors)."""
+        """Everything a resume needs, likewise. Parts that two engines share have the same names in both."""
 
     def load_state(self, state: Tensors) -> None:
         """The inverse of ``state``, copied in place."""

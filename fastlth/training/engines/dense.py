@@ -36,9 +36,10 @@ class DenseEngine:
             self.model.to(memory_format=torch.channels_last)
         parameters = dict(self.model.named_parameters())
         self.weight_names = weight_names(self.model)
-        prunable = layer_rates(self.weight_names, recipe.prune)
+        self.prunable = list(layer_rates(self.weight_names, recipe.prune))
         self._pruned = {
-            n: torch.zeros_like(parameters[n], dtype=torch.bool, memory_format=torch.preserve_format) for n in prunable
+            n: torch.zeros_like(parameters[n], dtype=torch.bool, memory_format=torch.preserve_format)
+            for n in self.prunable
         }
         self._optimizer = MaskedOptimizer(parameters, recipe.train)
         self._table = table(recipe.data.name, recipe.data.normalise).to(self._device)
@@ -57,6 +58,10 @@ class DenseEngine:
         self._hits = torch.zeros(recipe.evaluate.every, dtype=torch.int64, device=self._device)
         self._images = torch.zeros(recipe.evaluate.every, dtype=torch.int64)
         self._filled = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def layers(self) -> dict[str, str]:
+        return {name.removesuffix(".weight"): "dense" for name in self.weight_names}
 
     def run(self, first: int, last: int) -> Chunk:
         """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""

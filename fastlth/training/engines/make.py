@@ -17,6 +17,7 @@ from fastlth.data.sources import Images, Source
 from fastlth.recipe import Recipe
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.dense import DenseEngine
+from fastlth.training.engines.sparse import SparseEngine
 
 
 def make_engine(recipe: Recipe, source: Source) -> Engine:
@@ -24,17 +25,20 @@ def make_engine(recipe: Recipe, source: Source) -> Engine:
     compute, train = recipe.compute, recipe.train
     kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
     order = Order(len(kept), train.batch_size, train.drop_last, recipe.seeds.key("order"))
+    splits = {
+        "train": _subset(source.train, kept),
+        "validation": _subset(source.train, held_out),
+        "test": source.test,
+    }
+    if compute.engine == "sparse":
+        return SparseEngine(recipe, order, splits)
     device = torch.device(compute.device)
     loader: Loader
     if compute.loader == "ffcv":
         loader = FfcvLoader(source.train, kept, order, device, beton_folder())
     else:
         loader = ResidentLoader(source.train, kept, order, device)
-    return DenseEngine(recipe, loader, {
-        "train": _subset(source.train, kept),
-        "validation": _subset(source.train, held_out),
-        "test": source.test,
-    })  # fmt: skip
+    return DenseEngine(recipe, loader, splits)
 
 
 def beton_folder() -> Path:

@@ -1,0 +1,257 @@
+"""A whole training interval of a fully connected net in one compiled call, and its evaluation.
+
+Every thread runs the same steps on its own rows and meets the others at a barrier where it needs theirs:
+
+    pixels -> x | forward, layer by layer | loss | backward, layer by layer | gradient and update, next pixels
+            wait           wait each                   wait each but the first
+
+The top layer has few rows: every thread computes it for itself instead of waiting.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from fastlth_kernels import dense_cpu, sparse_cpu
+from fastlth_kernels.compiled import compiled
+from fastlth_kernels.simd import (
+    GROUP,
+    LANES,
+    exp,
+    first,
+    larger,
+    load,
+    prefetch,
+    reciprocal,
+    splat,
+    store,
+    store_pixels,
+)
+from fastlth_kernels.threads import FLUSH, flush_denormals, wait
+from fastlth_kernels.update_cpu import rule_at, update
+
+_forward_sparse, _forward_dense = sparse_cpu.forward, dense_cpu.forward
+_backward_sparse, _backward_dense = sparse_cpu.backward, dense_cpu.backward
+_gradient, _transpose, _descend = sparse_cpu.gradient, dense_cpu.transpose, dense_cpu.descend
+
+
+class Net(NamedTuple):
+    """A net laid out by ``mlp_cpu``: all numbers in one array, all indices in another, and where what lies."""
+
+    memory: Any
+    """float32 or float64 [n]: weights, moments, gradients, activations"""
+    indices: Any
+    """int32 [n]: columns of the entries, where rows start, the same by columns"""
+    masks: Any
+    """int64 [n]: of dense layers a bit per weight, 1 = kept"""
+    layers: Any
+    """LAYER [layers]"""
+    parts: Any
+    """PART [layers, threads]"""
+    plan: Any
+    """PLAN [1]"""
+    scales: Any
+    """memory's dtype [features / 16]: a pixel p becomes scale * p + shift"""
+    shifts: Any
+    places: Any
+    """int64 [threads * pitch]: where the images of a thread's batch begin"""
+    counter: Any
+    """int64 [1]: arrivals at the barrier"""
+
+
+class Images(NamedTuple):
+    """Images and which of them to take."""
+
+    pixels: Any
+    """uint8 [images * features]"""
+    labels: Any
+    """int64 [images]"""
+    chosen: Any
+    """int64 [n]: indices of images, in order"""
+
+
+@compiled
+def _assemble(net: Net, data: Images, thread: int, begin: int, images: int, low: int, high: int, x: int) -> None:
+    """Features 16 low .. 16 high of ``images`` images from ``begin``, at x; missing ones repeat the last."""
+    pitch, features, mine = net.plan[0].pitch, net.layers[0].inputs, thread * net.plan[0].pitch
+    for i in range(pitch):
+        net.places[mine + i] = data.chosen[begin + min(i, images - 1)] * features
+    for block in range(low, high):
+        for lane in range(0, pitch, LANES):
+            store_pixels(net.memory, x + block * GROUP * pitch + lane, pitch, data.pixels, block * GROUP,
+                         net.places, mine + lane, net.scales[block], net.shifts[block])  # fmt: skip
+
+
+@compiled
+def _fetch(net: Net, data: Images, begin: int, end: int, low: int, high: int) -> None:
+    """Have the memory bring features low .. high of the next batch while this one is computed."""
+    for i in range(begin, end):
+        start = data.chosen[i] * net.layers[0].inputs
+        for feature in range(low, high, LANES):
+            prefetch(data.pixels, start + feature)
+
+
+@compiled
+def _forward(net: Net, l: int, thread: int, x: int, y: int, relu: bool) -> None:
+    layer, part, pitch = net.layers[l], net.parts[l, thread], net.plan[0].pitch
+    for lane in range(0, pitch, LANES):
+        if layer.dense:
+            _forward_dense(net.memory, layer, part.low, part.high, x + lane, y + lane, pitch, relu)
+        else:
+            _forward_sparse(net.memory, net.indices, layer, part, x + lane, y + lane, pitch, relu)
+
+
+@compiled
+def _backward(net: Net, l: int, low: int, high: int, x: int, d: int, below: int) -> None:
+    layer, pitch = net.layers[l], net.plan[0].pitch
+    for lane in range(0, pitch, LANES):
+        if layer.dense:
+            _backward_dense(net.memory, layer, low, high, x + lane, d + lane, below + lane, pitch)
+        else:
+            _backward_sparse(net.memory, net.indices, layer, low, high, x + lane, d + lane, below + lane, pitch)
+
+
+@compiled
+def _scores(memory: Any, data: Images, begin: int, images: int, z: int, classes: int, pitch: int) -> Any:
+    """Sum of the cross-entropy and number of hits of logits z; leaves exp(z - max) in z and the sums behind it."""
+    loss, hits, top = 0.0, 0, z + classes * pitch
+    for lane in range(0, pitch, LANES):
+        highest = load(memory, z + lane)
+        for row in range(1, classes):
+            highest = larger(highest, load(memory, z + row * pitch + lane))
+        store(memory, top + lane, highest)
+    for i in range(images):
+        label = data.labels[data.chosen[begin + i]]
+        logit = memory[z + label * pitch + i]
+        loss += memory[top + i] - logit
+        hit = logit >= memory[top + i]
+        for row in range(label):  # of equal logits the first one counts, as in argmax
+            hit = hit and memory[z + row * pitch + i] < logit
+        hits += hit
+    for lane in range(0, pitch, LANES):
+        highest = load(memory, top + lane)
+        total = splat(memory.dtype.type(0))
+        for row in range(classes):
+            power = exp(load(memory, z + row * pitch + lane) - highest)
+            total = total + power
+            store(memory, z + row * pitch + lane, power)
+        store(memory, top + lane, total)
+    product = 1.0
+    for i in range(images):
+        product *= memory[top + i]
+        if i % 16 == 15 or i == images - 1:  # one logarithm for 16 sums, each between 1 and the number of classes
+            loss += math.log(product)
+            product = 1.0
+    return loss, hits
+
+
+@compiled
+def _residual(memory: Any, data: Images, begin: int, images: int, z: int, classes: int, pitch: int) -> None:
+    """From exp(z - max) and its sums to the gradient of the mean loss: (softmax - one-hot) / images."""
+    share = memory.dtype.type(1.0 / images)
+    for lane in range(0, pitch, LANES):
+        scale = reciprocal(load(memory, z + classes * pitch + lane)) * splat(share)
+        for row in range(classes):
+            place = z + row * pitch + lane
+            store(memory, place, first(load(memory, place) * scale, images - lane))
+    for i in range(images):
+        memory[z + data.labels[data.chosen[begin + i]] * pitch + i] -= share
+
+
+@compiled
+def interval(
+    thread: int, net: Net, data: Images, bounds: Any, rates: Any, step: int, kind: int, nesterov: int, numbers: Any,
+    losses: Any, hits: Any,
+) -> None:  # fmt: skip
+    """Train steps 0 .. len(rates) - 1; called once in each of the plan's threads, at the same time.
+
+    bounds int64 [steps + 1]: the batches are data.chosen[bounds[i]:bounds[i + 1]]; rates float64 [steps]; ``step``
+    updates were made before; kind, nesterov, numbers as in ``rule_at``. Writes each step's mean loss and hits
+    (losses float64 [steps], hits int64 [steps]).
+    """
+    before = flush_denormals(FLUSH)
+    memory, layers, plan = net.memory, net.layers, net.plan[0]
+    threads, pitch, top, shared = plan.threads, plan.pitch, len(layers) - 1, plan.shared
+    own, classes, blocks = plan.private + thread * plan.block, layers[top].outputs, len(net.scales)
+    low, high = blocks * thread // threads, blocks * (thread + 1) // threads
+    met = 0
+    _assemble(net, data, thread, bounds[0], bounds[1] - bounds[0], low, high, shared + layers[0].x)
+    for i in range(len(rates)):
+        begin, images = bounds[i], bounds[i + 1] - bounds[i]
+        x = shared + layers[0].x if i % 2 == 0 else plan.second_x
+        met += threads
+        wait(net.counter, met)
+        if i + 1 < len(rates):
+            _fetch(net, data, bounds[i + 1], bounds[i + 2], low * GROUP, high * GROUP)
+        for l in range(top):
+            _forward(net, l, thread, x if l == 0 else shared + layers[l].x, shared + layers[l + 1].x, True)
+            met += threads
+            wait(net.counter, met)
+        z = own + plan.z
+        for t in range(threads):
+            _forward(net, top, t, x if top == 0 else shared + layers[top].x, z, False)
+        loss, hit = _scores(memory, data, begin, images, z, classes, pitch)
+        if thread == 0:
+            losses[i], hits[i] = loss / images, hit
+        _residual(memory, data, begin, images, z, classes, pitch)
+
+        for l in range(top + 1):
+            if layers[l].dense:
+                blocks_here = (layers[l].inputs + GROUP) // GROUP
+                _transpose(memory, blocks_here * thread // threads * GROUP, blocks_here * (thread + 1) // threads * GROUP,
+                           x if l == 0 else shared + layers[l].x, pitch, layers[l].xt, layers[l].pitch)  # fmt: skip
+        for l in range(top, 0, -1):
+            mine, part = l == top, net.parts[l, thread]
+            _backward(net, l, 0 if mine else part.back_low, layers[l].inputs if mine else part.back_high,
+                      shared + layers[l].x, _place_of_d(net, l, own), _place_of_d(net, l - 1, own))  # fmt: skip
+            if not mine:
+                met += threads
+                wait(net.counter, met)
+        if top < 2:
+            met += threads
+            wait(net.counter, met)
+
+        rule = rule_at(memory, kind, nesterov, numbers, rates[i], step + i + 1)
+        for l in range(top + 1):
+            layer, part, d = layers[l], net.parts[l, thread], _place_of_d(net, l, own)
+            if layer.dense:
+                _descend(memory, net.masks, layer, part.low, part.high, d, pitch, images, rule)
+            else:
+                _gradient(memory, net.indices, layer, part, x if l == 0 else shared + layers[l].x, d, pitch)
+                update(memory, layer.w + part.begin, layer.m + part.begin, layer.v + part.begin, layer.g + part.begin,
+                       part.end - part.begin, rule)  # fmt: skip
+        if i + 1 < len(rates):
+            _assemble(net, data, thread, bounds[i + 1], bounds[i + 2] - bounds[i + 1], low, high,
+                      plan.second_x if i % 2 == 0 else shared + layers[0].x)  # fmt: skip
+    flush_denormals(before)
+
+
+@compiled
+def _place_of_d(net: Net, l: int, own: int) -> int:
+    """Where the gradient of layer l's outputs lies: of the two top layers every thread has its own."""
+    top = len(net.layers) - 1
+    if l == top:
+        return own + net.plan[0].z
+    return (own if l == top - 1 else net.plan[0].shared) + net.layers[l].d
+
+
+@compiled
+def scores(thread: int, net: Net, data: Images, results: Any) -> None:
+    """Sum of the loss and number of hits over data.chosen, this thread's share: results float64 [threads, 2]."""
+    before = flush_denormals(FLUSH)
+    plan, top = net.plan[0], len(net.layers) - 1
+    own, pitch = plan.private + thread * plan.block, plan.pitch
+    loss, hits = 0.0, 0
+    for begin in range(thread * pitch, len(data.chosen), plan.threads * pitch):
+        images = min(pitch, len(data.chosen) - begin)
+        _assemble(net, data, thread, begin, images, 0, len(net.scales), own + net.layers[0].x)
+        for l in range(top + 1):
+            y = own + (plan.z if l == top else net.layers[l + 1].x)
+            for t in range(plan.threads):
+                _forward(net, l, t, own + net.layers[l].x, y, l < top)
+        more, hit = _scores(net.memory, data, begin, images, own + plan.z, net.layers[top].outputs, pitch)
+        loss += more
+        hits += hit
+    results[thread, 0], results[thread, 1] = loss, hits
+    flush_denormals(before)

@@ -1,0 +1,258 @@
+"""A fully connected net with masks, laid out for the CPU kernels: what `interval_cpu` trains.
+
+Each layer is either dense (all weights, pruned ones held at 0 by a mask) or sparse (kept weights only). Layout and threads are decided here, in numpy; nothing here is in the hot loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastlth_kernels.dense_cpu import TILE
+from fastlth_kernels.interval_cpu import Images, Net, interval, scores
+from fastlth_kernels.simd import GROUP, LANES
+from fastlth_kernels.update_cpu import KINDS
+
+Array = NDArray[Any]
+
+LAYER = np.dtype([(name, np.int64) for name in (
+    "inputs", "outputs", "dense", "x", "d", "w", "m", "v", "g", "pitch", "xt", "mask",
+    "columns", "panels", "back_starts", "back_rows", "back_entries",
+)])  # fmt: skip
+PART = np.dtype([(name, np.int64) for name in (
+    "low", "high", "back_low", "back_high", "starts", "begin", "used", "end",
+)])  # fmt: skip
+PLAN = np.dtype([(name, np.int64) for name in ("threads", "pitch", "shared", "private", "block", "z", "second_x")])
+
+PANEL = 192
+"""columns whose 64 images fit the L1 cache"""
+PANEL_ENTRIES = 16
+"""entries a row must have in a panel for panels to pay"""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """As in torch.optim; ``kind`` is sgd, adam or adamw."""
+
+    kind: str
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+class _Arena:
+    """Hands out places in one array that is made at the end; every place begins on a cache line."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, count: int) -> int:
+        place, self.size = self.size, self.size + _up(count, LANES)
+        return place
+
+
+class MaskedMlp:
+    """Linear layers with ReLU between them, trained by ``threads`` threads on batches of at most ``batch`` images.
+
+    ``masks[l]`` is bool [outputs, inputs] (True = kept); ``dense[l]`` says how the layer runs. Weights, biases and
+    moments start at 0. ``scales`` and ``shifts`` [inputs / 16] turn pixels into numbers. ``pool`` has threads - 1
+    free threads (None for one thread): while one is missing, the others wait for it.
+    """
+
+    def __init__(
+        self, masks: Sequence[NDArray[np.bool_]], dense: Sequence[bool], optimizer: Optimizer, scales: Array,
+        shifts: Array, *, batch: int, threads: int = 1, pool: ThreadPoolExecutor | None = None, dtype: Any = np.float32,
+    ) -> None:  # fmt: skip
+        if masks[0].shape[1] % GROUP:
+            raise ValueError(f"the first layer must have a multiple of {GROUP} inputs, got {masks[0].shape[1]}")
+        self.optimizer, self.threads, self.pitch, self._pool = optimizer, threads, _up(batch, LANES), pool
+        self._floats, self._ints = _Arena(), _Arena()
+        self._index_parts: list[tuple[int, Array]] = []
+        self._bits: list[Array] = []
+        layers, parts = np.zeros(len(masks), LAYER), np.zeros((len(masks), threads), PART)
+        self._entries: list[tuple[Array, Array]] = []
+        """per layer: where its entries stand in ``w``, and in a flattened [outputs, inputs + 1] (last column: bias)"""
+        for layer, part, mask, whole in zip(layers, parts, masks, dense, strict=True):
+            layer["outputs"], layer["inputs"] = mask.shape
+            layer["dense"] = whole
+            with_bias = np.column_stack([mask, np.ones(len(mask), bool)])
+            self._entries.append((self._dense if whole else self._sparse)(layer, part, with_bias))
+        plan = np.zeros(1, PLAN)
+        self._activations(layers, plan)
+        memory = _aligned(self._floats.size, dtype)
+        indices = np.zeros(self._ints.size, np.int32)
+        for place, values in self._index_parts:
+            indices[place : place + len(values)] = values
+        self.net = Net(
+            memory, indices, np.concatenate([*self._bits, np.zeros(1, np.int64)]), layers.view(np.recarray), parts.view(np.recarray), plan.view(np.recarray),
+            np.ascontiguousarray(scales, dtype), np.ascontiguousarray(shifts, dtype),
+            np.zeros(threads * self.pitch, np.int64), np.zeros(1, np.int64),
+        )  # fmt: skip
+        self._write_ones()
+
+    # ---- layout
+
+    def _dense(self, layer: Any, parts: Array, kept: NDArray[np.bool_]) -> tuple[Array, Array]:
+        outputs, inputs = int(layer["outputs"]), int(layer["inputs"])
+        pitch = _up(inputs + 1, LANES)
+        layer["pitch"] = pitch
+        for name in ("w", "m", "v"):
+            layer[name] = self._floats.take(outputs * pitch)
+        layer["xt"] = self._floats.take(self.pitch * pitch)
+        padded = np.zeros((outputs, pitch), bool)
+        padded[:, : inputs + 1] = kept
+        layer["mask"] = sum(len(bits) for bits in self._bits)
+        self._bits.append(np.packbits(padded, bitorder="little").view("<i8").astype(np.int64))
+        rows, back = _cut_evenly(outputs, self.threads, TILE), _cut_evenly(inputs, self.threads, TILE)
+        parts["low"], parts["high"], parts["back_low"], parts["back_high"] = rows[:-1], rows[1:], back[:-1], back[1:]
+        row, column = np.nonzero(kept)
+        return row * pitch + column, row * (inputs + 1) + column
+
+    def _sparse(self, layer: Any, parts: Array, kept: NDArray[np.bool_]) -> tuple[Array, Array]:
+        outputs, inputs = len(kept), kept.shape[1] - 1
+        panels = -(-inputs // PANEL)
+        if np.count_nonzero(kept) < PANEL_ENTRIES * outputs * panels:
+            panels = 1
+        row, column = np.nonzero(kept)
+        panel = np.minimum(column * panels // inputs, panels - 1)
+        cuts = _cut_by_weight(np.bincount(row, minlength=outputs), self.threads)
+        thread = np.searchsorted(cuts, row, side="right") - 1
+        order = np.lexsort((column, row, panel, thread))
+        row, column, panel, thread = row[order], column[order], panel[order], thread[order]
+
+        entry = np.zeros(len(row), np.int64)  # where each entry stands in w: blocks of threads have room between them
+        end = 0
+        starts: list[Array] = []
+        for t in range(self.threads):
+            mine = np.flatnonzero(thread == t)
+            low, high = int(cuts[t]), int(cuts[t + 1])
+            entry[mine] = end + np.arange(len(mine))
+            key = panel[mine] * (high - low) + row[mine] - low
+            counts = np.bincount(key, minlength=panels * (high - low)).reshape(panels, -1)
+            ends = end + np.cumsum(counts.reshape(-1)).reshape(panels, -1)
+            first = np.concatenate([[end], ends[:-1, -1]]) if high > low else np.full(panels, end)
+            starts.append(np.column_stack([first, ends]).reshape(-1))
+            parts[t]["low"], parts[t]["high"], parts[t]["begin"], parts[t]["used"] = low, high, end, end + len(mine)
+            end = _up(end + len(mine) + GROUP, LANES)
+            parts[t]["end"] = end
+        for t, values in enumerate(starts):
+            parts[t]["starts"] = self._take_indices(values)
+        for name in ("w", "m", "v", "g"):
+            layer[name] = self._floats.take(end)
+        columns = np.zeros(end, np.int32)
+        columns[entry] = column
+        layer["columns"], layer["panels"] = self._take_indices(columns), panels
+
+        back = np.argsort(column, kind="stable")
+        counts = np.bincount(column, minlength=inputs + 1)
+        layer["back_starts"] = self._take_indices(np.concatenate([[0], np.cumsum(counts)]))
+        layer["back_rows"], layer["back_entries"] = self._take_indices(row[back]), self._take_indices(entry[back])
+        back_cuts = _cut_by_weight(counts[:inputs] + 1, self.threads)
+        parts["back_low"], parts["back_high"] = back_cuts[:-1], back_cuts[1:]
+        return entry, row * (inputs + 1) + column
+
+    def _activations(self, layers: Array, plan: Array) -> None:
+        """A block per thread and one shared: inputs of every layer (one row more: ones), logits, gradients."""
+        block = _Arena()
+        for layer in layers:
+            layer["x"] = block.take(_up(int(layer["inputs"]) + 1, GROUP) * self.pitch)
+        plan["z"] = block.take((int(layers[-1]["outputs"]) + 1) * self.pitch)
+        for layer in layers[:-1]:
+            layer["d"] = block.take(int(layer["outputs"]) * self.pitch)
+        plan["threads"], plan["pitch"], plan["block"] = self.threads, self.pitch, block.size
+        plan["shared"] = self._floats.take(block.size)
+        plan["private"] = self._floats.take(block.size * self.threads)
+        plan["second_x"] = self._floats.take(_up(int(layers[0]["inputs"]) + 1, GROUP) * self.pitch)
+
+    def _write_ones(self) -> None:
+        net, plan = self.net, self.net.plan[0]
+        blocks = [plan.shared, *(plan.private + t * plan.block for t in range(self.threads))]
+        places = [(block + layer.x, layer.inputs) for block in blocks for layer in net.layers]
+        for place, inputs in [*places, (plan.second_x, net.layers[0].inputs)]:
+            net.memory[place + inputs * self.pitch :][: self.pitch] = 1
+
+    def _take_indices(self, values: Array) -> int:
+        place = self._ints.take(len(values))
+        self._index_parts.append((place, values.astype(np.int32)))
+        return place
+
+    # ---- weights and moments
+
+    def read(self, l: int, what: str = "w") -> tuple[Array, Array]:
+        """Weights [outputs, inputs] and biases [outputs] of layer l, pruned ones 0; ``what``: w, m or v."""
+        outputs, inputs = int(self.net.layers[l].outputs), int(self.net.layers[l].inputs)
+        entry, place = self._entries[l]
+        flat = np.zeros(outputs * (inputs + 1), self.net.memory.dtype)
+        flat[place] = self.net.memory[int(self.net.layers[l][what]) + entry]
+        whole = flat.reshape(outputs, inputs + 1)
+        return whole[:, :inputs].copy(), whole[:, inputs].copy()
+
+    def write(self, l: int, weight: Array, bias: Array, what: str = "w") -> None:
+        """The inverse of ``read``; values of pruned weights are not looked at."""
+        entry, place = self._entries[l]
+        whole = np.column_stack([weight, bias]).reshape(-1)
+        self.net.memory[int(self.net.layers[l][what]) + entry] = whole[place]
+
+    def clear(self, what: str) -> None:
+        """Set all moments of one kind to 0."""
+        for l in range(len(self.net.layers)):
+            self.net.memory[int(self.net.layers[l][what]) + self._entries[l][0]] = 0
+
+    # ---- running
+
+    def train(self, data: Images, bounds: Array, rates: Array, step: int) -> tuple[Array, Array]:
+        """Mean loss and hits of each step (float64, int64 [len(rates)]); see ``interval``."""
+        o = self.optimizer
+        losses, hits = np.zeros(len(rates)), np.zeros(len(rates), np.int64)
+        numbers = np.array([o.weight_decay, o.momentum, *o.betas, o.eps])
+        self.net.counter[0] = 0
+        self._on_all(
+            interval, self.net, data, bounds, rates, step, KINDS[o.kind], int(o.nesterov), numbers, losses, hits
+        )
+        return losses, hits
+
+    def scores(self, data: Images) -> tuple[float, int]:
+        """Sum of the cross-entropy and number of hits over data.chosen."""
+        results = np.zeros((self.threads, 2))
+        self._on_all(scores, self.net, data, results)
+        return float(results[:, 0].sum()), int(results[:, 1].sum())
+
+    def _on_all(self, function: Any, *args: Any) -> None:
+        others = [self._pool.submit(function, t, *args) for t in range(1, self.threads)] if self._pool else []
+        function(0, *args)
+        for other in others:
+            other.result()
+
+
+def _aligned(count: int, dtype: Any) -> Array:
+    size = np.dtype(dtype).itemsize
+    raw = np.zeros(count * size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + count * size].view(dtype)
+
+
+def _cut_evenly(count: int, parts: int, unit: int) -> NDArray[np.int64]:
+    """``parts`` + 1 bounds between 0 and count, the inner ones multiples of ``unit``."""
+    units = count // unit
+    cuts = np.array([units * p // parts * unit for p in range(parts + 1)])
+    cuts[-1] = count
+    return cuts
+
+
+def _cut_by_weight(weight: Array, parts: int) -> NDArray[np.int64]:
+    """``parts`` + 1 bounds that divide a sequence into parts of about equal sums."""
+    sums = np.concatenate([[0], np.cumsum(weight)])
+    cuts = np.searchsorted(sums, sums[-1] * np.arange(parts + 1) / parts)
+    cuts[0], cuts[-1] = 0, len(weight)
+    return cuts

@@ -102,11 +102,9 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
 
 def engine(recipe: Recipe) -> str:
     """The engine asked for, or "auto" where more than one could train the recipe. Raises RecipeError if the one
-    asked for cannot."""
-    asked = recipe.compute.engine
-    reason = None if asked == "dense" else sparse.unsupported(recipe)
-    if reason is None and device(recipe.compute.device) != "cpu":
-        reason = f"the device is {device(recipe.compute.device)}"
+    asked for cannot, DeviceError where the device is not there."""
+    asked, where = recipe.compute.engine, device(recipe.compute.device)
+    reason = f"the device is {where}" if where != "cpu" else sparse.unsupported(recipe) if asked != "dense" else None
     if asked == "sparse" and reason:
         raise RecipeError(f"--engine sparse cannot train this: {reason}; use --engine auto or dense")
     return "dense" if reason else asked

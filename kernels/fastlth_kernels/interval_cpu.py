@@ -93,8 +93,8 @@ def _fetch(net: Net, data: Images, begin: int, end: int, low: int, high: int) ->
 
 
 @compiled
-def _forward(net: Net, l: int, thread: int, x: int, y: int, relu: bool) -> None:
-    layer, part, pitch = net.layers[l], net.parts[l, thread], net.plan[0].pitch
+def _forward(net: Net, i: int, thread: int, x: int, y: int, relu: bool) -> None:
+    layer, part, pitch = net.layers[i], net.parts[i, thread], net.plan[0].pitch
     for lane in range(0, pitch, LANES):
         if layer.dense:
             _forward_dense(net.memory, layer, part.low, part.high, x + lane, y + lane, pitch, relu)
@@ -103,8 +103,8 @@ def _forward(net: Net, l: int, thread: int, x: int, y: int, relu: bool) -> None:
 
 
 @compiled
-def _backward(net: Net, l: int, low: int, high: int, x: int, d: int, below: int) -> None:
-    layer, pitch = net.layers[l], net.plan[0].pitch
+def _backward(net: Net, i: int, low: int, high: int, x: int, d: int, below: int) -> None:
+    layer, pitch = net.layers[i], net.plan[0].pitch
     for lane in range(0, pitch, LANES):
         if layer.dense:
             _backward_dense(net.memory, layer, low, high, x + lane, d + lane, below + lane, pitch)
@@ -177,15 +177,15 @@ def interval(
     low, high = blocks * thread // threads, blocks * (thread + 1) // threads
     met = 0
     _assemble(net, data, thread, bounds[0], bounds[1] - bounds[0], low, high, shared + layers[0].x)
-    for i in range(len(rates)):
-        begin, images = bounds[i], bounds[i + 1] - bounds[i]
-        x = shared + layers[0].x if i % 2 == 0 else plan.second_x
+    for s in range(len(rates)):
+        begin, images = bounds[s], bounds[s + 1] - bounds[s]
+        x = shared + layers[0].x if s % 2 == 0 else plan.second_x
         met += threads
         wait(net.counter, met)
-        if i + 1 < len(rates):
-            _fetch(net, data, bounds[i + 1], bounds[i + 2], low * GROUP, high * GROUP)
-        for l in range(top):
-            _forward(net, l, thread, x if l == 0 else shared + layers[l].x, shared + layers[l + 1].x, True)
+        if s + 1 < len(rates):
+            _fetch(net, data, bounds[s + 1], bounds[s + 2], low * GROUP, high * GROUP)
+        for i in range(top):
+            _forward(net, i, thread, x if i == 0 else shared + layers[i].x, shared + layers[i + 1].x, True)
             met += threads
             wait(net.counter, met)
         z = own + plan.z
@@ -193,18 +193,20 @@ def interval(
             _forward(net, top, t, x if top == 0 else shared + layers[top].x, z, False)
         loss, hit = _scores(memory, data, begin, images, z, classes, pitch)
         if thread == 0:
-            losses[i], hits[i] = loss / images, hit
+            losses[s], hits[s] = loss / images, hit
         _residual(memory, data, begin, images, z, classes, pitch)
 
-        for l in range(top + 1):
-            if layers[l].dense:
-                blocks_here = (layers[l].inputs + GROUP) // GROUP
-                _transpose(memory, blocks_here * thread // threads * GROUP, blocks_here * (thread + 1) // threads * GROUP,
-                           x if l == 0 else shared + layers[l].x, pitch, layers[l].xt, layers[l].pitch)  # fmt: skip
-        for l in range(top, 0, -1):
-            mine, part = l == top, net.parts[l, thread]
-            _backward(net, l, 0 if mine else part.back_low, layers[l].inputs if mine else part.back_high,
-                      shared + layers[l].x, _place_of_d(net, l, own), _place_of_d(net, l - 1, own))  # fmt: skip
+        for i in range(top + 1):
+            if layers[i].dense:
+                groups = (layers[i].inputs + GROUP) // GROUP
+                _transpose(
+                    memory, groups * thread // threads * GROUP, groups * (thread + 1) // threads * GROUP,
+                    x if i == 0 else shared + layers[i].x, pitch, layers[i].xt, layers[i].pitch,
+                )  # fmt: skip
+        for i in range(top, 0, -1):
+            mine, part = i == top, net.parts[i, thread]
+            _backward(net, i, 0 if mine else part.back_low, layers[i].inputs if mine else part.back_high,
+                      shared + layers[i].x, _place_of_d(net, i, own), _place_of_d(net, i - 1, own))  # fmt: skip
             if not mine:
                 met += threads
                 wait(net.counter, met)
@@ -212,28 +214,28 @@ def interval(
             met += threads
             wait(net.counter, met)
 
-        rule = rule_at(memory, kind, nesterov, numbers, rates[i], step + i + 1)
-        for l in range(top + 1):
-            layer, part, d = layers[l], net.parts[l, thread], _place_of_d(net, l, own)
+        rule = rule_at(memory, kind, nesterov, numbers, rates[s], step + s + 1)
+        for i in range(top + 1):
+            layer, part, d = layers[i], net.parts[i, thread], _place_of_d(net, i, own)
             if layer.dense:
-                _descend(memory, net.masks, layer, part.low, part.high, d, pitch, images, rule)
+                _descend(memory, net.masks, layer, part, d, pitch, images, rule)
             else:
-                _gradient(memory, net.indices, layer, part, x if l == 0 else shared + layers[l].x, d, pitch)
+                _gradient(memory, net.indices, layer, part, x if i == 0 else shared + layers[i].x, d, pitch)
                 update(memory, layer.w + part.begin, layer.m + part.begin, layer.v + part.begin, layer.g + part.begin,
                        part.end - part.begin, rule)  # fmt: skip
-        if i + 1 < len(rates):
-            _assemble(net, data, thread, bounds[i + 1], bounds[i + 2] - bounds[i + 1], low, high,
-                      plan.second_x if i % 2 == 0 else shared + layers[0].x)  # fmt: skip
+        if s + 1 < len(rates):
+            _assemble(net, data, thread, bounds[s + 1], bounds[s + 2] - bounds[s + 1], low, high,
+                      plan.second_x if s % 2 == 0 else shared + layers[0].x)  # fmt: skip
     flush_denormals(before)
 
 
 @compiled
-def _place_of_d(net: Net, l: int, own: int) -> int:
-    """Where the gradient of layer l's outputs lies: of the two top layers every thread has its own."""
+def _place_of_d(net: Net, i: int, own: int) -> Any:
+    """Where the gradient of layer i's outputs lies: of the two top layers every thread has its own."""
     top = len(net.layers) - 1
-    if l == top:
+    if i == top:
         return own + net.plan[0].z
-    return (own if l == top - 1 else net.plan[0].shared) + net.layers[l].d
+    return (own if i == top - 1 else net.plan[0].shared) + net.layers[i].d
 
 
 @compiled
@@ -246,10 +248,10 @@ def scores(thread: int, net: Net, data: Images, results: Any) -> None:
     for begin in range(thread * pitch, len(data.chosen), plan.threads * pitch):
         images = min(pitch, len(data.chosen) - begin)
         _assemble(net, data, thread, begin, images, 0, len(net.scales), own + net.layers[0].x)
-        for l in range(top + 1):
-            y = own + (plan.z if l == top else net.layers[l + 1].x)
+        for i in range(top + 1):
+            y = own + (plan.z if i == top else net.layers[i + 1].x)
             for t in range(plan.threads):
-                _forward(net, l, t, own + net.layers[l].x, y, l < top)
+                _forward(net, i, t, own + net.layers[i].x, y, i < top)
         more, hit = _scores(net.memory, data, begin, images, own + plan.z, net.layers[top].outputs, pitch)
         loss += more
         hits += hit

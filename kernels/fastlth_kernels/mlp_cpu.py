@@ -1,6 +1,7 @@
 """A fully connected net with masks, laid out for the CPU kernels: what `interval_cpu` trains.
 
-Each layer is either dense (all weights, pruned ones held at 0 by a mask) or sparse (kept weights only). Layout and threads are decided here, in numpy; nothing here is in the hot loop.
+Each layer is either dense (all weights, pruned ones held at 0 by a mask) or sparse (kept weights only).
+Layout and threads are decided here, in numpy; nothing here is in the hot loop.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlth_kernels.dense_cpu import TILE
-from fastlth_kernels.interval_cpu import Images, Net, interval, scores
+from fastlth_kernels.interval_cpu import Images as Images
+from fastlth_kernels.interval_cpu import Net, interval, scores
 from fastlth_kernels.simd import GROUP, LANES
 from fastlth_kernels.update_cpu import KINDS
 
@@ -25,7 +27,7 @@ LAYER = np.dtype([(name, np.int64) for name in (
     "columns", "panels", "back_starts", "back_rows", "back_entries",
 )])  # fmt: skip
 PART = np.dtype([(name, np.int64) for name in (
-    "low", "high", "back_low", "back_high", "starts", "begin", "used", "end",
+    "low", "high", "back_low", "back_high", "g", "starts", "begin", "used", "end",
 )])  # fmt: skip
 PLAN = np.dtype([(name, np.int64) for name in ("threads", "pitch", "shared", "private", "block", "z", "second_x")])
 
@@ -65,7 +67,7 @@ class _Arena:
 class MaskedMlp:
     """Linear layers with ReLU between them, trained by ``threads`` threads on batches of at most ``batch`` images.
 
-    ``masks[l]`` is bool [outputs, inputs] (True = kept); ``dense[l]`` says how the layer runs. Weights, biases and
+    ``masks`` are bool [outputs, inputs] (True = kept); ``dense`` says how each layer runs. Weights, biases and
     moments start at 0. ``scales`` and ``shifts`` [inputs / 16] turn pixels into numbers. ``pool`` has threads - 1
     free threads (None for one thread): while one is missing, the others wait for it.
     """
@@ -94,8 +96,9 @@ class MaskedMlp:
         indices = np.zeros(self._ints.size, np.int32)
         for place, values in self._index_parts:
             indices[place : place + len(values)] = values
+        bits = np.concatenate([*self._bits, np.zeros(1, np.int64)])  # numba wants an array, dense layer or not
         self.net = Net(
-            memory, indices, np.concatenate([*self._bits, np.zeros(1, np.int64)]), layers.view(np.recarray), parts.view(np.recarray), plan.view(np.recarray),
+            memory, indices, bits, layers.view(np.recarray), parts.view(np.recarray), plan.view(np.recarray),
             np.ascontiguousarray(scales, dtype), np.ascontiguousarray(shifts, dtype),
             np.zeros(threads * self.pitch, np.int64), np.zeros(1, np.int64),
         )  # fmt: skip
@@ -112,6 +115,8 @@ class MaskedMlp:
         layer["xt"] = self._floats.take(self.pitch * pitch)
         padded = np.zeros((outputs, pitch), bool)
         padded[:, : inputs + 1] = kept
+        for part in parts:
+            part["g"] = self._floats.take(TILE * LANES)
         layer["mask"] = sum(len(bits) for bits in self._bits)
         self._bits.append(np.packbits(padded, bitorder="little").view("<i8").astype(np.int64))
         rows, back = _cut_evenly(outputs, self.threads, TILE), _cut_evenly(inputs, self.threads, TILE)
@@ -189,25 +194,25 @@ class MaskedMlp:
 
     # ---- weights and moments
 
-    def read(self, l: int, what: str = "w") -> tuple[Array, Array]:
-        """Weights [outputs, inputs] and biases [outputs] of layer l, pruned ones 0; ``what``: w, m or v."""
-        outputs, inputs = int(self.net.layers[l].outputs), int(self.net.layers[l].inputs)
-        entry, place = self._entries[l]
+    def read(self, layer: int, what: str = "w") -> tuple[Array, Array]:
+        """Weights [outputs, inputs] and biases [outputs] of a layer, pruned ones 0; ``what``: w, m or v."""
+        outputs, inputs = int(self.net.layers[layer].outputs), int(self.net.layers[layer].inputs)
+        entry, place = self._entries[layer]
         flat = np.zeros(outputs * (inputs + 1), self.net.memory.dtype)
-        flat[place] = self.net.memory[int(self.net.layers[l][what]) + entry]
+        flat[place] = self.net.memory[int(self.net.layers[layer][what]) + entry]
         whole = flat.reshape(outputs, inputs + 1)
         return whole[:, :inputs].copy(), whole[:, inputs].copy()
 
-    def write(self, l: int, weight: Array, bias: Array, what: str = "w") -> None:
+    def write(self, layer: int, weight: Array, bias: Array, what: str = "w") -> None:
         """The inverse of ``read``; values of pruned weights are not looked at."""
-        entry, place = self._entries[l]
+        entry, place = self._entries[layer]
         whole = np.column_stack([weight, bias]).reshape(-1)
-        self.net.memory[int(self.net.layers[l][what]) + entry] = whole[place]
+        self.net.memory[int(self.net.layers[layer][what]) + entry] = whole[place]
 
     def clear(self, what: str) -> None:
         """Set all moments of one kind to 0."""
-        for l in range(len(self.net.layers)):
-            self.net.memory[int(self.net.layers[l][what]) + self._entries[l][0]] = 0
+        for layer in range(len(self.net.layers)):
+            self.net.memory[int(self.net.layers[layer][what]) + self._entries[layer][0]] = 0
 
     # ---- running
 
@@ -253,6 +258,6 @@ def _cut_evenly(count: int, parts: int, unit: int) -> NDArray[np.int64]:
 def _cut_by_weight(weight: Array, parts: int) -> NDArray[np.int64]:
     """``parts`` + 1 bounds that divide a sequence into parts of about equal sums."""
     sums = np.concatenate([[0], np.cumsum(weight)])
-    cuts = np.searchsorted(sums, sums[-1] * np.arange(parts + 1) / parts)
+    cuts: NDArray[np.int64] = np.searchsorted(sums, sums[-1] * np.arange(parts + 1) / parts)
     cuts[0], cuts[-1] = 0, len(weight)
     return cuts

@@ -41,8 +41,8 @@ class Case:
         groups = self.masks[0].shape[1] // 16
         net = MaskedMlp(self.masks, kinds, optimizer, np.full(groups, SCALE), np.full(groups, SHIFT),
                         batch=batch, threads=threads, pool=POOL, dtype=dtype)  # fmt: skip
-        for l, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
-            net.write(l, w, b)
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            net.write(i, w, b)
         return net
 
     def images(self, chosen=None):
@@ -76,13 +76,13 @@ class Case:
 
     def logits(self, chosen, parameters):
         h = torch.from_numpy(self.pixels[chosen] * SCALE + SHIFT)
-        for l in range(len(self.masks)):
-            h = F.linear(h if l == 0 else h.relu(), parameters[2 * l], parameters[2 * l + 1])
+        for i in range(len(self.masks)):
+            h = F.linear(h if i == 0 else h.relu(), parameters[2 * i], parameters[2 * i + 1])
         return h
 
 
 def weights_of(net):
-    return [array for l in range(len(net.net.layers)) for array in net.read(l)]
+    return [array for i in range(len(net.net.layers)) for array in net.read(i)]
 
 
 def error(ours, theirs):
@@ -149,13 +149,13 @@ def test_any_number_of_layers(layers, dense):
 @pytest.mark.parametrize("masks", ["none kept", "one kept", "all kept", "one row", "one column"])
 def test_masks_at_the_edge(masks, dense):
     case = Case()
-    for l, (outputs, inputs) in enumerate(SHAPES):
+    for i, (outputs, inputs) in enumerate(SHAPES):
         mask = np.full((outputs, inputs), masks == "all kept")
         if masks in ("one kept", "one row"):
             mask[outputs // 2, 0 if masks == "one kept" else slice(None)] = True
         if masks in ("one kept", "one column"):
             mask[outputs // 2 if masks == "one kept" else slice(None), inputs - 1] = True
-        case.masks[l], case.weights[l] = mask, case.weights[l] * mask
+        case.masks[i], case.weights[i] = mask, case.weights[i] * mask
     bounds, rates = batches(60, 10), np.full(10, 1e-2)
     net = case.net(dense, threads=3)
     net.train(case.images(), bounds, rates, 0)
@@ -170,10 +170,10 @@ def test_pruned_weights_stay_at_zero_even_beside_nan(dense):
     with np.errstate(all="ignore"):
         losses, _ = net.train(case.images(), batches(60, 10), np.full(10, 1e30), 0)
     assert not np.isfinite(losses[-1])  # divergence is seen, not flushed away
-    for l, mask in enumerate(case.masks):
-        weight, _ = net.read(l)
+    for i, mask in enumerate(case.masks):
+        weight, _ = net.read(i)
         assert np.isnan(weight[mask]).any()
-        layer = net.net.layers[l]
+        layer = net.net.layers[i]
         if dense:
             held = net.net.memory[layer.w :][: layer.outputs * layer.pitch].reshape(layer.outputs, layer.pitch)
             weight = held[:, : layer.inputs]
@@ -229,14 +229,14 @@ def test_moments_are_read_written_and_cleared():
     first.train(case.images(), bounds[:11], rates[:10], 0)
     second = case.net((False, True, False), 1, batch=30)  # another layout: moments do not depend on it
     for what in ("w", "m", "v"):
-        for l in range(3):
-            second.write(l, *first.read(l, what), what)
+        for i in range(3):
+            second.write(i, *first.read(i, what), what)
     for net in (first, second):
         net.train(case.images(), bounds[10:], rates[10:], 10)
     assert error(weights_of(first), weights_of(second)) < 1e-12
     first.clear("m")
-    assert not any(array.any() for l in range(3) for array in first.read(l, "m"))
-    assert any(array.any() for l in range(3) for array in first.read(l, "v"))
+    assert not any(array.any() for i in range(3) for array in first.read(i, "m"))
+    assert any(array.any() for i in range(3) for array in first.read(i, "v"))
 
 
 def test_the_calling_thread_keeps_its_denormals():

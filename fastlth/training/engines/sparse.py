@@ -32,7 +32,7 @@ PIXELS = 16
 
 
 def unsupported(recipe: Recipe) -> str | None:
-    """Why this engine cannot train the recipe, as a clause; None if it can."""
+    """Why this engine cannot train the recipe on a CPU, as a clause; None if it can."""
     net = skeleton(recipe)
     kinds = [type(m) for m in net.children()]
     linear = kinds.count(nn.Linear)
@@ -46,7 +46,7 @@ def unsupported(recipe: Recipe) -> str | None:
         return f"images of {_linear(net)[0].in_features} pixels do not divide by {PIXELS}"
     compute = recipe.compute
     for setting, value, good in (
-        ("device", compute.device, ("auto", "cpu")), ("precision", compute.precision, ("auto", "fp32")),
+        ("precision", compute.precision, ("auto", "fp32")),
         ("compile", compute.compile, ("auto", "off")), ("loader", compute.loader, ("auto", "resident")),
     ):  # fmt: skip
         if value not in good:
@@ -142,7 +142,8 @@ class SparseEngine:
 
     def _batches(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images of the iterations [first, last), and where each batch begins and ends among them."""
-        parts, bounds = [], [0]
+        parts: list[list[int]] = []
+        bounds = [0]
         for iteration in range(first, last):
             epoch, begin, end = self._order.place(iteration)
             bounds.append(bounds[-1] + end - begin)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +29,7 @@ from fastlth.models import INIT_VERSION, skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.search import Event, InRound, RoundFinished, find_tickets, over, winning_round
+from fastlth.side_by_side import cores, side_by_side
 from fastlth.store import weights
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import Run, State
@@ -54,7 +57,17 @@ class Started:
     """(this one, how many)"""
 
 
-Show = Callable[[Started | Event], None]
+@dataclass(frozen=True)
+class Beside:
+    """An event of one of several replicates that run side by side."""
+
+    replicate: int
+    """its place among them, from 0"""
+    seed: int
+    event: Started | Event
+
+
+Show = Callable[[Started | Event | Beside], None]
 
 
 @dataclass(frozen=True)
@@ -107,22 +120,54 @@ def run(
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
-    Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. ``stopped``
+    Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. Where the sparse engine
+    trains, as many of them run side by side as there are processors, each on one thread. ``stopped``
     is asked at every safe point, twice a second or after each step where one takes longer; if it returns a
     signal number, the state is saved and Stopped is raised.
     """
     check(recipe)
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
-    done: list[Replicate] = []
-    resolved: dict[str, Any] | None = None
-    for r in range(replicates):
-        seeds = dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r)
-        one = dataclasses.replace(recipe, seeds=seeds)
-        with Run.open(Path(out), one, fresh=fresh) as directory:
-            replicate = _run_one(directory, one, source, resolved, (r, replicates), show, stopped, data_dir)
-            resolved = directory.resolved
-        done.append(replicate)
-    return Search(recipe, tuple(done))
+    seeds = [dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r) for r in range(replicates)]
+    with ExitStack() as opened:
+        directories = [
+            opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
+        ]
+        together = _together(directories, source) if replicates > 1 else 1
+
+        def task(r: int, show: Callable[[Started | Event], None], stopped: Callable[[], int | None]) -> Replicate:
+            resolved = next((d.resolved for d in directories if d.resolved), None)
+            one = directories[r]
+            return _run_one(one, one.recipe, source, resolved, (r, replicates), show, stopped, data_dir)
+
+        if together == 1:
+            return Search(recipe, tuple(task(r, show, stopped) for r in range(replicates)))
+
+        def beside(r: int) -> Callable[[Callable[[Started | Event], None], Callable[[], bool]], Replicate]:
+            return lambda hand_on, failed: task(r, hand_on, lambda: stopped() or (signal.SIGTERM if failed() else None))
+
+        done = side_by_side(
+            [beside(r) for r in range(replicates)], workers=together,
+            show=lambda r, event: show(Beside(r, seeds[r].base, event)),
+        )  # fmt: skip
+        return Search(recipe, tuple(done))
+
+
+def _together(directories: Sequence[Run], source: Source) -> int:
+    """How many replicates run side by side; settles what ``auto`` becomes, with one thread for each of them."""
+    todo = [d for d in directories if (ticket := d.ticket(theta0)) is None or not over(d.recipe, ticket.rounds)]
+    if len(todo) < 2 or engine(todo[0].recipe) == "dense":
+        return 1
+    if all(d.resolved is None for d in directories):
+        recipe = todo[0].recipe
+        threads = recipe.compute.threads or 1
+        narrow = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, threads=threads))
+        choice = resolve(narrow, lambda candidate: make_engine(candidate, source))
+        if choice.compute.engine == "sparse":
+            todo[0].write_recipe(recipe, {**choice.to_dict(), "environment": environment(choice.compute)})
+    resolved = next((d.resolved for d in directories if d.resolved), None)
+    if resolved is None or resolved["engine"] != "sparse":
+        return 1
+    return min(len(todo), max(1, cores() // int(resolved["threads"])))
 
 
 def check(recipe: Recipe) -> None:
@@ -150,7 +195,7 @@ def resume(
 
 def _run_one(
     directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None, replicate: tuple[int, int],
-    show: Show, stopped: Callable[[], int | None], data_dir: str | Path | None,
+    show: Callable[[Started | Event], None], stopped: Callable[[], int | None], data_dir: str | Path | None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
     rounds = ticket.rounds if ticket else ()

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastlth.running import Started
+from fastlth.running import Beside, Started
 from fastlth.search import Event, InRound, RoundFinished, RoundStarted
 from fastlth.training.trainer import Evaluated
 
@@ -72,6 +72,7 @@ class View:
         self._pace = _Pace()
         self._said_long = False
         self._line_at = time.monotonic()
+        self._race = _Race()
 
     def __enter__(self) -> View:
         if self._console.is_terminal:
@@ -82,8 +83,10 @@ class View:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def __call__(self, event: Started | Event) -> None:
+    def __call__(self, event: Started | Event | Beside) -> None:
         match event:
+            case Beside():
+                self._beside(event)
             case Started():
                 self._started(event)
             case RoundStarted():
@@ -97,13 +100,17 @@ class View:
                 self._print(_sentence(event.result))
 
     def _started(self, event: Started) -> None:
-        recipe, compute = event.recipe, event.compute
+        recipe = event.recipe
         self._pace = _Pace(recipe.train.iterations, recipe.prune.rounds, recipe.prune.rewind_to)
         self._progress.update(self._task, rounds=recipe.prune.rounds, total=recipe.train.iterations)
         if event.replicate[0] == 0 and self._header:
             self._print(self._header)
         if event.replicate[1] > 1:
             self._print(f"replicate {event.replicate[0] + 1} of {event.replicate[1]}, seed {recipe.seeds.base}")
+        self._say_how(event)
+
+    def _say_how(self, event: Started) -> None:
+        compute = event.compute
         how = [compute.device, compute.precision, "compiled" if compute.compile == "on" else "eager"]
         how += ["channels-last"] if compute.channels_last == "on" else []
         how += [f"{compute.loader} loader", f"{compute.engine} engine"]
@@ -117,6 +124,31 @@ class View:
             self._print(f"going on after {event.rounds_done} finished rounds")
         if event.moved:
             self._print(f"not as it was when this run began ({event.moved}): bits may differ from here on")
+
+    def _beside(self, beside: Beside) -> None:
+        """Replicates side by side: their finished rounds as lines, one bar for all steps."""
+        race, event = self._race, beside.event
+        match event:
+            case Started():
+                if race.total == 0:
+                    self._print(self._header)
+                race.enter(beside.replicate, event)
+                self._print(f"replicate {beside.replicate + 1} of {event.replicate[1]}, seed {beside.seed}")
+                self._say_how(event)
+            case RoundStarted():
+                race.at(beside.replicate, event.round, event.iteration)
+            case InRound():
+                race.at(beside.replicate, event.round, event.event.iteration)
+                if isinstance(event.event, Evaluated):
+                    race.rates[beside.replicate] = event.event.images_per_second
+            case RoundFinished():
+                self._print(f"seed {beside.seed}  {_sentence(event.result)}")
+        left = race.seconds_left()
+        lowest, rate = min(race.rounds.values(), default=0), sum(race.rates.values())
+        self._progress.update(self._task, round=lowest, total=race.total, completed=race.done, rate=rate, left=left)
+        if not self._console.is_terminal and time.monotonic() - self._line_at > PLAIN_EVERY:
+            self._print(f"{race.done:,} of {race.total:,} iterations  {rate:,.0f} images/s together"
+                        + (f"  {duration(left)} left" if left is not None else ""))  # fmt: skip
 
     def _in_round(self, event: InRound) -> None:
         inner = event.event
@@ -162,6 +194,38 @@ class _Pace:
             return None
         later = (self._rounds - self._round) * (self._iterations - self._rewind_to)
         return elapsed / self._done * (self._iterations - iteration + later)
+
+
+class _Race:
+    """Steps done and to do over replicates that run side by side."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._steps: dict[int, int] = {}
+        self._first: dict[int, int] = {}
+        self._length, self._from, self.total = 0, 0, 0
+        self.rounds: dict[int, int] = {}
+        self.rates: dict[int, float] = {}
+
+    def enter(self, replicate: int, event: Started) -> None:
+        recipe = event.recipe
+        self._length, self._from = recipe.train.iterations, recipe.prune.rewind_to
+        self.total = event.replicate[1] * (self._length + recipe.prune.rounds * (self._length - self._from))
+
+    def at(self, replicate: int, round: int, iteration: int) -> None:
+        done = iteration + (round * (self._length - self._from) if round else 0)
+        self._first.setdefault(replicate, done)
+        self._steps[replicate], self.rounds[replicate] = done, round
+
+    @property
+    def done(self) -> int:
+        return sum(self._steps.values())
+
+    def seconds_left(self) -> float | None:
+        made, elapsed = self.done - sum(self._first.values()), time.monotonic() - self._began
+        if elapsed < _Pace.SETTLED or made == 0:
+            return None
+        return elapsed / made * (self.total - self.done)
 
 
 class _TimeLeft(ProgressColumn):

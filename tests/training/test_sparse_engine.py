@@ -183,8 +183,6 @@ def test_numbers_of_every_normalisation_are_those_of_the_table():
         assert np.abs(levels - table).max() <= 2 * np.spacing(np.abs(table).max())
 
 
-
-
 @pytest.mark.parametrize(("speeds", "expected"), [
     ({"sparse 2": 3.0, "sparse 1": 2.0, "dense": 1.0}, ("sparse", 2)),
     ({"sparse 2": 2.0, "sparse 1": 3.0, "dense": 1.0}, ("sparse", 1)),

@@ -1,4 +1,4 @@
-"""Images/s against density, one line per path."""
+"""Images/s and seconds per round against density, one line per path."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastlth.bench.subject import Row
+from fastlth.composition import compose
 from fastlth.errors import OutputError, RecipeError
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")  # told apart by colour-blind people (Okabe & Ito)
 
 
 def by_density(rows: Sequence[Row], file: Path) -> None:
@@ -23,18 +26,26 @@ def by_density(rows: Sequence[Row], file: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         raise RecipeError("--plot needs matplotlib; install fastlth[report]") from None
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    steps = compose(rows[0]["model"], rows[0]["dataset"]).recipe.train
+    images = steps.iterations * steps.batch_size
+    figure, (speed, cost) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     lines: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
         lines.setdefault(r["path"], []).append((r["density"], r["images_per_second"]))
         lines.setdefault(r["against"], []).append((r["density"], r["against_images_per_second"]))
-    for marker, (path, points) in zip("os^Dv", sorted(lines.items()), strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=path)
-    axes.set(xscale="log", yscale="log", xlabel="density (kept / all weights)", ylabel="images per second",
-             title=f"{rows[0]['model']} on {rows[0]['dataset']}, training steps")  # fmt: skip
-    axes.invert_xaxis()
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    for marker, color, (path, points) in zip("os^Dv", COLORS, sorted(lines.items()), strict=False):
+        densities, rates = zip(*sorted(points), strict=True)
+        style = {"marker": marker, "color": color, "label": path, "markersize": 5}
+        speed.plot(densities, rates, **style)
+        cost.plot(densities, [images / rate for rate in rates], **style)
+    speed.set(ylabel="images per second", title="training steps")
+    cost.set(ylabel=f"seconds per round of {steps.iterations:,} iterations", title="without evaluations")
+    for axes in (speed, cost):
+        axes.set(xscale="log", yscale="log", xlabel="density (kept / all weights)")
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3, which="both")
+    speed.legend()
+    figure.suptitle(f"{rows[0]['model']} on {rows[0]['dataset']}, batch {steps.batch_size}")
     try:
         figure.savefig(file, dpi=150)
     except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from fastlth.bench import peak
 from fastlth.bench.paired import paired
 from fastlth.bench.rivals import Eager, Plain
@@ -14,15 +16,22 @@ from fastlth.training.resolve import resolve
 
 
 def rows(
-    model: str, dataset: str, rounds: Sequence[int], *, seconds: float = 3.0, compiled: bool = False
-) -> Iterator[Row]:
-    """One row per path and density; about ``seconds`` each. ``share`` is of the peak measured in this run."""
+    model: str, dataset: str, rounds: Sequence[int], *, seconds: float = 3.0, compiled: bool = False,
+    dense: bool = False,
+) -> Iterator[Row]:  # fmt: skip
+    """One row per path and density; about ``seconds`` each. ``share`` is of the peak measured in this run, counting
+    the multiplications of the dense net. With ``dense``, our dense engine too where ``auto`` took another one."""
     recipe, source = recipe_for(model, dataset), random_source(dataset)
     compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
     recipe = dataclasses.replace(recipe, compute=compute)
     peaks, flops = peak.measure(compute.device.split(":")[0]), peak.flops_per_image(recipe)
     batch, layout = recipe.train.batch_size, compute.channels_last == "on"
     ours = Ours(recipe, source)
+    paths = {"ours": ours}
+    if dense and compute.engine != "dense":
+        threads = torch.get_num_threads()
+        other = dataclasses.replace(compute, engine="dense", threads=threads)
+        paths["our dense engine"] = Ours(dataclasses.replace(recipe, compute=other), source)
 
     def eager(round: int, **options: bool) -> Eager:
         return Eager(recipe, source.train, masks_of_round(recipe, round)[0], precision=compute.precision,
@@ -34,9 +43,10 @@ def rows(
 
     for round in rounds:
         masks, density = masks_of_round(recipe, round)
-        ours.prune(masks)
-        result = paired(ours.steps, eager(round).steps, budget=seconds, seed=round)
-        yield finished(row("step", recipe, "ours", "eager", density, result, batch))
+        for path, engine in paths.items():
+            engine.prune(masks)
+            result = paired(engine.steps, eager(round).steps, budget=seconds, seed=round)
+            yield finished(row("step", recipe, path, "eager", density, result, batch))
     masks, density = masks_of_round(recipe, 0)
     ours.prune(masks)
     plain = Plain(recipe, source.train, masks)

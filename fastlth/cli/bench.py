@@ -50,7 +50,8 @@ def step(
     model: Model = "lenet-300-100", dataset: Dataset = "mnist",
     rounds: Annotated[str, Opt(help="Densities of which rounds, for example 0,10,20; all: 0 to 20.")] = "all",
     compiled: Annotated[bool, Opt("--compiled", help="Time torch.compile around the rival's net too.")] = False,
-    plot: Annotated[Path | None, Opt(help="Draw images/s against density (.png or .svg).")] = None,
+    dense: Annotated[bool, Opt("--dense", help="Time our dense engine too, where auto takes another.")] = False,
+    plot: Annotated[Path | None, Opt(help="Draw speed and seconds per round against density (.png or .svg).")] = None,
     seconds: Seconds = 3.0, json: Json = False,
 ) -> None:  # fmt: skip
     """Training steps at each density: ours, good everyday PyTorch, and lecode's way."""
@@ -62,7 +63,7 @@ def step(
         which = list(range(21)) if rounds == "all" else [int(k) for k in rounds.split(",")]
     except ValueError:
         raise RecipeError(f"--rounds takes numbers such as 0,10,20, or all; got '{rounds}'") from None
-    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled)])
+    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled, dense=dense)])
     if plot is not None:
         by_density(found, plot)
 

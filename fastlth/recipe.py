@@ -215,6 +215,8 @@ class ComputeSection:
     """auto, resident (the set lives on the device) or ffcv (streamed)"""
     engine: str = "auto"
     """auto or dense"""
+    kernels: str = "auto"
+    """torch (PyTorch's layers), triton (masked kernels, CUDA only) or auto: torch until measured otherwise"""
     threads: int = 0
     """CPU threads; 0: as many as torch finds"""
 
@@ -226,6 +228,7 @@ class ComputeSection:
         _choice("compute.channels_last", self.channels_last, ("auto", "on", "off"))
         _choice("compute.loader", self.loader, ("auto", "resident", "ffcv"))
         _choice("compute.engine", self.engine, ("auto", "dense"))
+        _choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))
         _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
 
 

@@ -192,7 +192,7 @@ def _settle(
     kept = directory.resolved or resolved
     moved = None
     if kept is not None:
-        compute = ComputeSection(**{f.name: kept[f.name] for f in dataclasses.fields(ComputeSection)})
+        compute = ComputeSection(**{f.name: kept[f.name] for f in dataclasses.fields(ComputeSection) if f.name in kept})
         try:
             device(compute.device)
         except DeviceError:

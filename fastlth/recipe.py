@@ -215,6 +215,8 @@ class ComputeSection:
     """auto, resident (the set lives on the device) or ffcv (streamed)"""
     engine: str = "auto"
     """auto, dense (any net, any device) or sparse (fully connected nets on a CPU: cost falls with density)"""
+    kernels: str = "auto"
+    """torch (PyTorch's layers), triton (masked kernels, CUDA only) or auto: torch until measured otherwise"""
     threads: int = 0
     """CPU threads; 0: as many as torch finds, or as measured fastest"""
     break_even: float = -1.0
@@ -230,6 +232,7 @@ class ComputeSection:
         _choice("compute.engine", self.engine, ("auto", "dense", "sparse"))
         _check("compute.break_even", self.break_even == -1 or 0 <= self.break_even <= 1,
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
+        _choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))
         _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
 
 

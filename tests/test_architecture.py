@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "fastlth_kernels"
-ALLOWED = {"numpy", "numba", "torch", "triton", *sys.stdlib_module_names}
+ALLOWED = {"numpy", "numba", "llvmlite", "torch", "triton", *sys.stdlib_module_names}
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -125,6 +125,7 @@ RULES = [
     ("compute__channels_last", "1", "unknown compute.channels_last '1'; choose one of: auto, on, off"),
     ("compute__loader", "torch", "unknown compute.loader 'torch'; choose one of: auto, resident, ffcv"),
     ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense"),
+    ("compute__kernels", "cuda", "unknown compute.kernels 'cuda'; choose one of: auto, torch, triton"),
     ("compute__threads", -1, "compute.threads must be in 0 to 4096, got -1"),
     ("compute__threads", 4_097, "compute.threads must be in 0 to 4096, got 4097"),
     ("store__theta0", "hash", "unknown store.theta0 'hash'; choose one of: stored, seed"),
@@ -298,6 +299,7 @@ OTHER: dict[str, Any] = {
     "seeds.base": 1, "seeds.init": 1, "seeds.split": 1, "seeds.order": 1, "seeds.augment": 1, "seeds.prune": 1,
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
+    "compute.kernels": "torch",
     "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip
 WITHOUT = {

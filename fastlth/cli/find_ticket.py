@@ -38,6 +38,7 @@ def find_ticket(
     compile: Annotated[str | None, Opt(help="auto, on or off: torch.compile")] = None,
     loader: Annotated[str | None, Opt(help="auto, resident or ffcv")] = None,
     engine: Annotated[str | None, Opt(help="auto, dense or sparse")] = None,
+    kernels: Annotated[str | None, Opt(help="auto, torch or triton (masked kernels, CUDA only)")] = None,
     theta0: Annotated[str | None, Opt(help="stored, or seed: keep only the seed of theta0 in the ticket.")] = None,
     keep_weights: Annotated[str | None, Opt(help="none, last or all: keep trained weights (default: none)")] = None,
     save_every: Annotated[str | None, Opt(help="Time between saves inside a round (default: 60s)")] = None,
@@ -60,7 +61,7 @@ def find_ticket(
         "prune.criterion": criterion, "prune.rewind_to": rewind_to,
         "train.iterations": length(iterations, epochs), "train.batch_size": batch_size, "train.lr": lr,
         "seeds.base": seed, "compute.device": device, "compute.precision": precision, "compute.compile": compile,
-        "compute.loader": loader, "compute.engine": engine,
+        "compute.loader": loader, "compute.engine": engine, "compute.kernels": kernels,
         "store.theta0": theta0, "store.keep_weights": keep_weights, "store.save_every": seconds(save_every),
     })  # fmt: skip
     composed = compose(model, dataset, preset=preset, config=config, settings=settings)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
     asked, rates = recipe.compute, dict[str, float]()
     fixed = dataclasses.replace(
         asked, device=device(asked.device), engine="dense", loader=loader(asked.loader), break_even=0.0,
+        kernels=kernels(asked.kernels, device(asked.device)),
         threads=asked.threads or torch.get_num_threads(), precision=asked.precision.replace("auto", "fp32"),
         compile=asked.compile.replace("auto", "off"),
         channels_last=asked.channels_last if asked.channels_last != "auto" else _channels_last(recipe),
@@ -230,6 +232,18 @@ def loader(asked: str) -> str:
     if asked == "ffcv" and (reason := ffcv.available()):
         raise RecipeError(reason)
     return "resident" if asked == "auto" else asked
+
+
+def kernels(asked: str, device: str) -> str:
+    """The kernels that ``auto`` means on a device, or ``asked`` itself. Raises DeviceError if they cannot run there.
+
+    ``auto`` is torch: no measurement yet says that the masked kernels win.
+    """
+    if asked == "triton" and not device.startswith("cuda"):
+        raise DeviceError(f"--kernels triton needs a CUDA device, and this run is on {device}; use --kernels torch")
+    if asked == "triton" and find_spec("triton") is None:
+        raise DeviceError("--kernels triton needs Triton, which is not installed; install it or use --kernels torch")
+    return "torch" if asked == "auto" else asked
 
 
 def _channels_last(recipe: Recipe) -> str:

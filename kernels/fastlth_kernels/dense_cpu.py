@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlth_kernels.compiled import compiled
-from fastlth_kernels.simd import GROUP, HAS_AVX512, LANES, at, fma, gate, larger, load, splat, store, transpose16, where
-from fastlth_kernels.update_cpu import update64
+from .compiled import compiled
+from .simd import GROUP, HAS_AVX512, LANES, at, fma, gate, larger, load, splat, store, transpose16, where
+from .update_cpu import update64
 
 TILE = 6 if HAS_AVX512 else 1
 """rows at once; fewer registers hold no more than one row"""

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastlth_kernels import dense_cpu, sparse_cpu
-from fastlth_kernels.compiled import compiled
-from fastlth_kernels.simd import (
+from . import dense_cpu, sparse_cpu
+from .compiled import compiled
+from .simd import (
     GROUP,
     LANES,
     exp,
@@ -28,8 +28,8 @@ from fastlth_kernels.simd import (
     store,
     store_pixels,
 )
-from fastlth_kernels.threads import FLUSH, flush_denormals, wait
-from fastlth_kernels.update_cpu import rule_at, update
+from .threads import FLUSH, flush_denormals, wait
+from .update_cpu import rule_at, update
 
 _forward_sparse, _forward_dense = sparse_cpu.forward, dense_cpu.forward
 _backward_sparse, _backward_dense = sparse_cpu.backward, dense_cpu.backward

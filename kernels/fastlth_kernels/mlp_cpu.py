@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlth_kernels.dense_cpu import TILE
-from fastlth_kernels.interval_cpu import Images as Images
-from fastlth_kernels.interval_cpu import Net, interval, scores
-from fastlth_kernels.simd import GROUP, LANES
-from fastlth_kernels.update_cpu import KINDS
+from .dense_cpu import TILE
+from .interval_cpu import Images as Images
+from .interval_cpu import Net, interval, scores
+from .simd import GROUP, LANES
+from .update_cpu import KINDS
 
 Array = NDArray[Any]
 

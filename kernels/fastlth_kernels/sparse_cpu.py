@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastlth_kernels.compiled import compiled
-from fastlth_kernels.simd import LANES, at, fma, gate, larger, load, splat, store, store_dots
+from .compiled import compiled
+from .simd import LANES, at, fma, gate, larger, load, splat, store, store_dots
 
 
 @compiled

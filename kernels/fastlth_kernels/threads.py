@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastlth_kernels.compiled import compiled
+from .compiled import compiled
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 YIELD = "SwitchToThread" if sys.platform == "win32" else "sched_yield"

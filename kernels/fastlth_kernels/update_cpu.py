@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastlth_kernels.compiled import compiled
-from fastlth_kernels.simd import LANES, fma, load, reciprocal, rsqrt, splat, store
+from .compiled import compiled
+from .simd import LANES, fma, load, reciprocal, rsqrt, splat, store
 
 SGD, ADAM, ADAMW = 0, 1, 2
 KINDS = {"sgd": SGD, "adam": ADAM, "adamw": ADAMW}

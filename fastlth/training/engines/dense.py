@@ -23,7 +23,8 @@ EVALUATION_BATCH = 1000
 
 
 class DenseEngine:
-    """Eager or compiled, fp32 or bf16 autocast, channels-last or not: ``recipe.compute`` says which, resolved."""
+    """Eager or compiled, fp32 or bf16 autocast, channels-last or not, PyTorch's layers or the masked kernels:
+    ``recipe.compute`` says which, resolved."""
 
     name = "dense"
 
@@ -34,6 +35,10 @@ class DenseEngine:
         self.model = build(recipe).to(self._device).train()
         if compute.channels_last == "on":
             self.model.to(memory_format=torch.channels_last)
+        if compute.kernels == "triton":
+            from fastlth.training.masked_modules import swap_  # imports Triton
+
+            self.model = swap_(self.model)
         parameters = dict(self.model.named_parameters())
         self.weight_names = weight_names(self.model)
         self.prunable = list(layer_rates(self.weight_names, recipe.prune))
@@ -96,6 +101,10 @@ class DenseEngine:
     @torch.no_grad()
     def set_masks(self, masks: Tensors) -> None:
         mask_tools.copy_(self._pruned, {name: ~m for name, m in masks.items()})
+        if self._recipe.compute.kernels == "triton":
+            from fastlth.training.masked_modules import write_masks
+
+            write_masks(self.model, masks)
         self._zero_pruned()
 
     def _zero_pruned(self) -> None:

@@ -47,7 +47,7 @@ def unsupported(recipe: Recipe) -> str | None:
     compute = recipe.compute
     for setting, value, good in (
         ("precision", compute.precision, ("auto", "fp32")),
-        ("compile", compute.compile, ("auto", "off")), ("loader", compute.loader, ("auto", "resident")),
+        ("compile", compute.compile, ("auto", "off")), ("loader", compute.loader, ("auto", "resident")), ("kernels", compute.kernels, ("auto", "torch")),
     ):  # fmt: skip
         if value not in good:
             return f"compute.{setting} is {value}"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastlth.running import Started
+from fastlth.running import Notice, Started
 from fastlth.search import Event, InRound, RoundFinished, RoundStarted
 from fastlth.training.trainer import Evaluated
 
@@ -82,10 +82,12 @@ class View:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def __call__(self, event: Started | Event) -> None:
+    def __call__(self, event: Started | Notice | Event) -> None:
         match event:
             case Started():
                 self._started(event)
+            case Notice():
+                self._print(event.text)
             case RoundStarted():
                 self._pace.begin_round(event.round, event.iteration)
                 self._progress.update(

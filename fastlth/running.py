@@ -22,6 +22,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastlth import sinks
 from fastlth.data.sources import Source, data_root, load
 from fastlth.errors import DeviceError, RecipeError, Stopped
 from fastlth.metrics import record
@@ -58,16 +59,27 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something a person should know; the search goes on."""
+
+    text: str
+
+
+Happening = Started | Notice | Event
+
+
+@dataclass(frozen=True)
 class Beside:
-    """An event of one of several replicates that run side by side."""
+    """What happens to one of several replicates that run side by side."""
 
     replicate: int
     """its place among them, from 0"""
     seed: int
-    event: Started | Event
+    event: Happening
 
 
-Show = Callable[[Started | Event | Beside], None]
+Tell = Callable[[Happening], None]
+Show = Callable[[Happening | Beside], None]
 
 
 @dataclass(frozen=True)
@@ -116,16 +128,18 @@ class Search:
 
 def run(
     recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
-    fresh: bool = False, show: Show = lambda _: None, stopped: Callable[[], int | None] = lambda: None,
+    fresh: bool = False, log: Sequence[str] = (), show: Show = lambda _: None,
+    stopped: Callable[[], int | None] = lambda: None,
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
     Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. Where the sparse engine
-    trains, as many of them run side by side as there are processors, each on one thread. ``stopped``
-    is asked at every safe point, twice a second or after each step where one takes longer; if it returns a
-    signal number, the state is saved and Stopped is raised.
+    trains, as many of them run side by side as there are processors, each on one thread. ``log`` names further
+    places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
+    step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
     """
     check(recipe)
+    log = sinks.check(log)
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
     seeds = [dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r) for r in range(replicates)]
     with ExitStack() as opened:
@@ -134,15 +148,15 @@ def run(
         ]
         together = _together(directories, source) if replicates > 1 else 1
 
-        def task(r: int, show: Callable[[Started | Event], None], stopped: Callable[[], int | None]) -> Replicate:
+        def task(r: int, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
             resolved = next((d.resolved for d in directories if d.resolved), None)
             one = directories[r]
-            return _run_one(one, one.recipe, source, resolved, (r, replicates), show, stopped, data_dir)
+            return _run_one(one, one.recipe, source, resolved, (r, replicates), log, show, stopped, data_dir)
 
         if together == 1:
             return Search(recipe, tuple(task(r, show, stopped) for r in range(replicates)))
 
-        def beside(r: int) -> Callable[[Callable[[Started | Event], None], Callable[[], bool]], Replicate]:
+        def beside(r: int) -> Callable[[Tell, Callable[[], bool]], Replicate]:
             return lambda hand_on, failed: task(r, hand_on, lambda: stopped() or (signal.SIGTERM if failed() else None))
 
         done = side_by_side(
@@ -183,19 +197,23 @@ def check(recipe: Recipe) -> None:
 
 
 def resume(
-    path: Path, *, data_dir: str | Path | None = None, show: Show = lambda _: None,
+    path: Path, *, data_dir: str | Path | None = None, log: Sequence[str] = (), show: Show = lambda _: None,
     stopped: Callable[[], int | None] = lambda: None,
 ) -> Search:  # fmt: skip
-    """Go on with the search in the run directory ``path``, with the recipe it holds."""
+    """Go on with the search in the run directory ``path``, with the recipe it holds.
+
+    ``log`` as in ``run``: a run does not remember it, since it is about who looks on, not about the search.
+    """
+    log = sinks.check(log)
     with Run.reopen(path) as directory:
         recipe = directory.recipe
         source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
-        return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), show, stopped, data_dir),))
+        return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), log, show, stopped, data_dir),))
 
 
 def _run_one(
     directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None, replicate: tuple[int, int],
-    show: Callable[[Started | Event], None], stopped: Callable[[], int | None], data_dir: str | Path | None,
+    log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
     rounds = ticket.rounds if ticket else ()
@@ -205,17 +223,22 @@ def _run_one(
         return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
     compute, moved, measured = _settle(directory, recipe, source, resolved)
     show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
-    with MetricsFile(directory.metrics_path) as metrics, _Saver(directory, recipe, metrics) as saver:
+    with (
+        MetricsFile(directory.metrics_path) as metrics,
+        sinks.Sinks(log, directory.path, recipe, lambda text: show(Notice(text))) as others,
+        _Saver(directory, recipe, metrics) as saver,
+    ):
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
         for event in find_tickets(recipe, source, compute, ticket=ticket, state=state):
             if line := record(event):
                 metrics.write(line)
+                others.write(line)
             show(event)
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
                 if number := stopped():
                     saver.state(event)
                     one = " (this replicate; the same command as before: all)" if replicate[1] > 1 else ""
-                    command = _resume_command(directory, data_dir)
+                    command = _resume_command(directory, data_dir, log)
                     raise Stopped(f"stopped and saved; go on with{one}: {command}", number)
                 if saver.due():
                     saver.state(event)
@@ -225,10 +248,11 @@ def _run_one(
     return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
 
 
-def _resume_command(directory: Run, data_dir: str | Path | None) -> str:
-    """To be pasted into a shell; the recipe does not know where the data lie."""
+def _resume_command(directory: Run, data_dir: str | Path | None, log: Sequence[str]) -> str:
+    """To be pasted into a shell; the recipe knows neither where the data lie nor who looks on."""
     where = ["--data-dir", str(data_dir)] if data_dir else []
-    return shlex.join(["fastlth", "resume", str(directory.path), *where])
+    logs = [word for name in log for word in ("--log", name)]
+    return shlex.join(["fastlth", "resume", str(directory.path), *where, *logs])
 
 
 def _settle(

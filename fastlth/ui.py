@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastlth.running import Beside, Started
-from fastlth.search import Event, InRound, RoundFinished, RoundStarted
+from fastlth.running import Beside, Happening, Notice, Started
+from fastlth.search import InRound, RoundFinished, RoundStarted
 from fastlth.training.trainer import Evaluated
 
 LONG_SECONDS = 600.0  # a search that takes longer than this says so
@@ -83,12 +83,14 @@ class View:
         if self._console.is_terminal:
             self._progress.stop()
 
-    def __call__(self, event: Started | Event | Beside) -> None:
+    def __call__(self, event: Happening | Beside) -> None:
         match event:
             case Beside():
                 self._beside(event)
             case Started():
                 self._started(event)
+            case Notice():
+                self._print(event.text)
             case RoundStarted():
                 self._pace.begin_round(event.round, event.iteration)
                 self._progress.update(
@@ -143,6 +145,8 @@ class View:
                     race.rates[beside.replicate] = event.event.images_per_second
             case RoundFinished():
                 self._print(f"seed {beside.seed}  {_sentence(event.result)}")
+            case Notice():
+                self._print(f"seed {beside.seed}  {event.text}")
         left = race.seconds_left()
         lowest, rate = min(race.rounds.values(), default=0), sum(race.rates.values())
         self._progress.update(self._task, round=lowest, total=race.total, completed=race.done, rate=rate, left=left)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, Out, given, length, seconds
+from fastlth.cli.options import DataDir, Json, Log, Out, given, length, seconds
 from fastlth.composition import Composed, compose, parse_setting
 from fastlth.errors import RecipeError
 
@@ -42,6 +42,7 @@ def find_ticket(
     theta0: Annotated[str | None, Opt(help="stored, or seed: keep only the seed of theta0 in the ticket.")] = None,
     keep_weights: Annotated[str | None, Opt(help="none, last or all: keep trained weights (default: none)")] = None,
     save_every: Annotated[str | None, Opt(help="Time between saves inside a round (default: 60s)")] = None,
+    log: Log = None,
     config: Annotated[Path | None, Opt(help="Settings from a TOML file; a run's recipe.toml works.")] = None,
     set_: Annotated[list[str] | None, Opt("--set", metavar="SECTION.KEY=VALUE", help="Any other setting.")] = None,
     out: Out = Path("runs"),
@@ -73,7 +74,7 @@ def find_ticket(
     screen = console()
     with StopGuard() as guard, View(screen, _header(composed), _shorter(composed)) as view:
         search = run(composed.recipe, out=out, data_dir=data_dir or data_path, replicates=replicates, fresh=fresh,
-                     show=view, stopped=guard)  # fmt: skip
+                     log=log or (), show=view, stopped=guard)  # fmt: skip
     search_result(search, screen)
     if json:
         json_document(search.to_json())

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from fastlth.cli import bench, data, doctor, find_ticket, resume, runs, ticket, train
+from fastlth.cli import bench, data, doctor, find_ticket, report, resume, runs, ticket, train
 from fastlth.errors import FastlthError
 
 EXIT_CODES = (
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("find-ticket", epilog=find_ticket.EXAMPLE)(find_ticket.find_ticket)
 app.command("resume", epilog=resume.EXAMPLE)(resume.resume)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(runs.app, name="runs")
 app.add_typer(ticket.app, name="ticket")
 app.add_typer(data.app, name="data")

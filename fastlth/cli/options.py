@@ -15,6 +15,9 @@ DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data lies or goes (default: $FASTLTH_DATA, else a cache)")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Log = Annotated[
+    list[str] | None, typer.Option("--log", help="Send metrics to tensorboard or wandb too; may be given twice.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
 
 

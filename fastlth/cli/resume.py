@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlth.cli.options import DataDir, Json
+from fastlth.cli.options import DataDir, Json, Log
 
 EXAMPLE = "Example: fastlth resume runs/vgg19-cifar-10-2997fc99/r0"
 
@@ -15,6 +15,7 @@ EXAMPLE = "Example: fastlth resume runs/vgg19-cifar-10-2997fc99/r0"
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder (r<seed>), as the stopped command printed it.")],
     data_dir: DataDir = None,
+    log: Log = None,
     json: Json = False,
 ) -> None:
     """Go on from the very step at which a search was stopped, with the recipe it was started with."""
@@ -24,7 +25,7 @@ def resume(
 
     screen = console()
     with StopGuard() as guard, View(screen) as view:
-        search = go_on(run, data_dir=data_dir, show=view, stopped=guard)
+        search = go_on(run, data_dir=data_dir, log=log or (), show=view, stopped=guard)
     search_result(search, screen)
     if json:
         json_document(search.to_json())

@@ -46,8 +46,8 @@ def unsupported(recipe: Recipe) -> str | None:
         return f"images of {_linear(net)[0].in_features} pixels do not divide by {PIXELS}"
     compute = recipe.compute
     for setting, value, good in (
-        ("precision", compute.precision, ("auto", "fp32")),
-        ("compile", compute.compile, ("auto", "off")), ("loader", compute.loader, ("auto", "resident")), ("kernels", compute.kernels, ("auto", "torch")),
+        ("precision", compute.precision, ("auto", "fp32")), ("compile", compute.compile, ("auto", "off")),
+        ("loader", compute.loader, ("auto", "resident")), ("kernels", compute.kernels, ("auto", "torch")),
     ):  # fmt: skip
         if value not in good:
             return f"compute.{setting} is {value}"

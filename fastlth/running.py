@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +21,20 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from fastlth.analysis import collapses, layer_records, net_units, replicate_overlap
 from fastlth.data.sources import Source, data_root, load
-from fastlth.errors import DeviceError, Stopped
+from fastlth.errors import DeviceError, RecipeError, Stopped
 from fastlth.metrics import record
 from fastlth.models import INIT_VERSION, skeleton, weight_names
 from fastlth.pruning import layer_rates
+from fastlth.pruning.budget import one_shot_rate
+from fastlth.pruning.criteria import SIGN_TESTS
 from fastlth.recipe import ComputeSection, Recipe
-from fastlth.search import Event, InRound, RoundFinished, find_tickets, over, winning_round
+from fastlth.search import Event, InRound, RoundFinished, RoundStarted, find_tickets, over, winning_round
+from fastlth.store import ticket as tickets
 from fastlth.store import weights
 from fastlth.store.metrics_file import MetricsFile
-from fastlth.store.run import Run, State
+from fastlth.store.run import RECIPE, Run, State, parent_folder, run_folders
 from fastlth.store.ticket import EncodedTheta, Ticket
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
@@ -54,7 +59,15 @@ class Started:
     """(this one, how many)"""
 
 
-Show = Callable[[Started | Event], None]
+@dataclass(frozen=True)
+class Collapsed:
+    """A round begins whose mask cuts a layer off; ``message`` says which and how."""
+
+    round: int
+    message: str
+
+
+Show = Callable[[Started | Collapsed | Event], None]
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,17 @@ class Search:
     def winning_round(self) -> int | None:
         return winning_round([r.rounds for r in self.replicates])
 
+    @functools.cached_property
+    def mask_overlap(self) -> list[dict[str, Any]]:
+        """Per round, how far the masks of the replicates agree (docs/metrics.md), read from their tickets.
+
+        Empty for one replicate. Raises TicketError where a ticket file has been damaged since.
+        """
+        if len(self.replicates) == 1:
+            return []
+        overlap = replicate_overlap([tickets.load(r.ticket, masks_only=True) for r in self.replicates])
+        return overlap[: len(self.rounds)]
+
     def to_json(self) -> dict[str, Any]:
         """The document of ``find-ticket --json``."""
         document = {
@@ -98,23 +122,25 @@ class Search:
         }
         if len(self.replicates) > 1:
             document["replicates"] = [{"seed": r.seed, "rounds": [dict(x) for x in r.rounds]} for r in self.replicates]
+            document["mask_overlap"] = self.mask_overlap
         return document
 
 
 def run(
     recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
     fresh: bool = False, show: Show = lambda _: None, stopped: Callable[[], int | None] = lambda: None,
+    resolved: Mapping[str, Any] | None = None,
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
     Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. ``stopped``
     is asked at every safe point, twice a second or after each step where one takes longer; if it returns a
-    signal number, the state is saved and Stopped is raised.
+    signal number, the state is saved and Stopped is raised. ``resolved``, another run's, is what ``auto`` becomes
+    where a run has not settled that yet.
     """
     check(recipe)
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
     done: list[Replicate] = []
-    resolved: dict[str, Any] | None = None
     for r in range(replicates):
         seeds = dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r)
         one = dataclasses.replace(recipe, seeds=seeds)
@@ -123,6 +149,17 @@ def run(
             resolved = directory.resolved
         done.append(replicate)
     return Search(recipe, tuple(done))
+
+
+def in_one_step(recipe: Recipe, density: float) -> Recipe:
+    """``recipe`` with the rate at which its first pruning ends at or just below ``density``. Raises RecipeError."""
+    if recipe.prune.criterion in SIGN_TESTS:
+        raise RecipeError(f"criterion {recipe.prune.criterion} decides itself how many weights go and cannot prune to "
+                          "a density; choose another one")  # fmt: skip
+    model = skeleton(recipe)
+    shapes = {n: tuple(model.get_parameter(n).shape) for n in weight_names(model)}
+    rate = one_shot_rate(shapes, recipe.prune, density)
+    return dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rate=rate))
 
 
 def check(recipe: Recipe) -> None:
@@ -134,6 +171,22 @@ def check(recipe: Recipe) -> None:
     layer_rates(weight_names(skeleton(recipe)), recipe.prune)
     device(recipe.compute.device)
     loader(recipe.compute.loader)
+
+
+def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None) -> Path:
+    """The run directory of a recipe and its seed, made without training anything if it is not there.
+
+    It holds the recipe and what ``auto`` became; a search goes on from there. Raises as ``run`` does.
+    """
+    check(recipe)
+    folders = run_folders(parent_folder(Path(out), recipe))
+    numbers = [number for seed, number in folders if seed == recipe.seeds.base]
+    if numbers and ((path := folders[recipe.seeds.base, max(numbers)]) / RECIPE).exists():
+        return path
+    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    with Run.open(Path(out), recipe) as directory:
+        _settle(directory, recipe, source, None)
+        return directory.path
 
 
 def resume(
@@ -148,7 +201,7 @@ def resume(
 
 
 def _run_one(
-    directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None, replicate: tuple[int, int],
+    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, replicate: tuple[int, int],
     show: Show, stopped: Callable[[], int | None], data_dir: str | Path | None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
@@ -161,10 +214,16 @@ def _run_one(
     show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
     with MetricsFile(directory.metrics_path) as metrics, _Saver(directory, recipe, metrics) as saver:
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
+        collapsed: set[str] = set()
         for event in find_tickets(recipe, source, compute, ticket=ticket, state=state):
             if line := record(event):
                 metrics.write(line)
             show(event)
+            if isinstance(event, RoundStarted) and ticket:
+                found = collapses(net_units(recipe, ticket.mask(event.round)))
+                for layer in sorted(found.keys() - collapsed):  # once, not in every round from here on
+                    show(Collapsed(event.round, f"{layer} {found[layer]}"))
+                collapsed |= found.keys()
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
                 if number := stopped():
                     saver.state(event)
@@ -174,8 +233,13 @@ def _run_one(
                 if saver.due():
                     saver.state(event)
             elif isinstance(event, RoundFinished):
+                ticket, k = event.ticket, event.round
+                before = ticket.rewind if k or not ticket.rewind_iteration else theta0(recipe)
+                previous = ticket.mask(k - 1) if k else None
+                for line in layer_records(recipe, k, ticket.mask(k), previous, before, event.trained()):
+                    metrics.write(line)
                 saver.round(event)
-                rounds = event.ticket.rounds
+                rounds = ticket.rounds
     return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
 
 
@@ -186,7 +250,7 @@ def _resume_command(directory: Run, data_dir: str | Path | None) -> str:
 
 
 def _settle(
-    directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None
+    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None
 ) -> tuple[ComputeSection, str | None, Mapping[str, float]]:
     """The compute section of this run: as it was resolved at its first start, else resolved now and written down."""
     kept = directory.resolved or resolved
@@ -256,7 +320,7 @@ class _Saver:
     def _save_round(self, ticket: Ticket, trained: Mapping[str, NDArray[Any]] | None) -> None:
         path, last = self._directory.path, len(ticket.rounds) - 1
         if trained is not None:
-            weights.save(path, last, trained, ticket.mask(last), ticket.recipe.digest)
+            weights.save(path, last, trained, ticket.trained_mask(last), ticket.recipe.digest)
         if self._theta is None:
             self._theta = EncodedTheta.of(ticket.rewind, stored=not self._in_seed)
         self._directory.save_ticket(ticket, theta=self._theta)

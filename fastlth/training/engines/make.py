@@ -21,20 +21,28 @@ from fastlth.training.engines.dense import DenseEngine
 
 def make_engine(recipe: Recipe, source: Source) -> Engine:
     """The engine of a recipe whose compute section holds no ``auto``."""
+    return DenseEngine(recipe, make_loader(recipe, source), make_splits(recipe, source))
+
+
+def make_loader(recipe: Recipe, source: Source) -> Loader:
+    """The batches that the recipe trains on."""
     compute, train = recipe.compute, recipe.train
-    kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
+    kept, _ = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
     order = Order(len(kept), train.batch_size, train.drop_last, recipe.seeds.key("order"))
     device = torch.device(compute.device)
-    loader: Loader
     if compute.loader == "ffcv":
-        loader = FfcvLoader(source.train, kept, order, device, beton_folder())
-    else:
-        loader = ResidentLoader(source.train, kept, order, device)
-    return DenseEngine(recipe, loader, {
+        return FfcvLoader(source.train, kept, order, device, beton_folder())
+    return ResidentLoader(source.train, kept, order, device)
+
+
+def make_splits(recipe: Recipe, source: Source) -> dict[str, Images]:
+    """The images of "train", "validation" (held out of the training images) and "test"."""
+    kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
+    return {
         "train": _subset(source.train, kept),
         "validation": _subset(source.train, held_out),
         "test": source.test,
-    })  # fmt: skip
+    }
 
 
 def beton_folder() -> Path:

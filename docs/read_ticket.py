@@ -31,8 +31,8 @@ def decode(data: bytes, info: dict[str, Any]) -> NDArray[Any]:
     return np.frombuffer(raw, DTYPES[info["dtype"]]).reshape(info["shape"])
 
 
-def read(path: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """(description, rewind values, pruned_at); a ticket that keeps a seed has no rewind values."""
+def read(path: str) -> tuple[dict[str, Any], dict[str, dict[str, NDArray[Any]]]]:
+    """(description, arrays of "rewind", "pruned_at" and "fill"); a ticket that keeps a seed has no rewind values."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         text, data = file.read(length).decode().rstrip(" "), file.read()
@@ -45,14 +45,13 @@ def read(path: str) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, 
     for name, digest in json.loads(meta["sha256"]).items():
         check(hashlib.sha256(part[name]).hexdigest() == digest, f"the sha256 of {name} differs")
     ticket = json.loads(meta["ticket"])
-    stored = {} if "theta0_seed" in ticket else ticket["rewind"]
-    rewind = {name: decode(part[f"rewind/{name}"], info) for name, info in stored.items()}
-    masks = ticket["pruned_at"].items()
-    return ticket, rewind, {name: decode(part[f"pruned_at/{name}"], info) for name, info in masks}
+    kinds = {kind: ticket.get(kind, {}) for kind in ("rewind", "pruned_at", "fill")}
+    stored = {**kinds, "rewind": {}} if "theta0_seed" in ticket else kinds
+    return ticket, {k: {n: decode(part[f"{k}/{n}"], info) for n, info in a.items()} for k, a in stored.items()}
 
 
 if __name__ == "__main__":
-    ticket, _, pruned_at = read(sys.argv[1])
+    ticket, arrays = read(sys.argv[1])
     for number in range(len(ticket["rounds"])):
-        removed = sum(int(((at > 0) & (at <= number)).sum()) for at in pruned_at.values())
+        removed = sum(int(((at > 0) & (at <= number)).sum()) for at in arrays["pruned_at"].values())
         print(number, 1 - removed / ticket["all_weights"])

@@ -46,6 +46,27 @@ DATASET_ALIASES = {"cifar10": "cifar-10"}
 
 MODELS = ("lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg19")
 
+# Zhou et al. 2019, by the names of their program; docs/criteria.md has the formulas.
+CRITERIA = (
+    "large_final", "small_final", "large_init", "small_init", "large_init_large_final", "small_init_small_final",
+    "magnitude_increase", "movement", "random", "large_final_same_sign", "large_final_diff_sign",
+    "magnitude_increase_same_sign", "magnitude_increase_diff_sign", "large_final_same_sign_single",
+    "large_final_diff_sign_single", "snip", "grad",
+)  # fmt: skip
+SIGN_TESTS = ("large_final_same_sign_single", "large_final_diff_sign_single")
+"""criteria that are the new mask by themselves and ask for no rate"""
+MASK_1 = (
+    "none", "random_reinit", "signed_reinit", "random_reshuffle", "signed_reshuffle", "signed_constant",
+    "rand_signed_constant", "random_reinit_rescaling", "signed_reinit_rescaling", "signed_constant_rescaling",
+    "rand_signed_constant_rescaling", "mask_init",
+)  # fmt: skip
+MASK_0 = (
+    "mask", "original", "freeze_init", "freeze_reinit", "freeze_init_zero_mask", "freeze_init_zero_all",
+    "freeze_init_zero_reshuffle", "freeze_init_zero_rev",
+)  # fmt: skip
+ACTIONS_VERSION = 1
+"""Raised when any value changes that a round starts with under some action; tickets that need it name it."""
+
 
 def dataset_name(name: str) -> str:
     """Canonical name of a data set. Raises RecipeError for an unknown one."""

@@ -22,7 +22,7 @@ from fastlth.recipe import SECTIONS, Recipe, TrainSection
 
 Layer = dict[str, dict[str, Any]]
 
-PRESETS = ("paper", "lecode", "fast")
+PRESETS = ("paper", "paper-dropout", "lecode", "fast")
 
 # What a preset-less pair must be given, and the flags that give it.
 _NEEDED = {
@@ -53,7 +53,7 @@ def preset_table(preset: str) -> dict[str, Layer]:
 
 def presets_for(model: str, dataset: str) -> list[str]:
     """Names of the presets that cover a pair, the default one first."""
-    return [p for p in ("paper", "fast", "lecode") if f"{model} {dataset}" in preset_table(p)]
+    return [p for p in ("paper", "fast", "lecode", "paper-dropout") if f"{model} {dataset}" in preset_table(p)]
 
 
 def compose(
@@ -109,7 +109,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 def _default_preset(model: str, dataset: str, preset: str | None) -> str | None:
     covering = presets_for(model, dataset)
     if preset is None:
-        return next((p for p in covering if p != "lecode"), None)
+        return next((p for p in covering if p in ("paper", "fast")), None)
     if f"{model} {dataset}" not in preset_table(preset):
         others = f"use --preset {' or '.join(covering)}" if covering else "give the settings without --preset"
         raise RecipeError(f"preset '{preset}' does not cover {model} on {dataset}; {others}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastlth.search import Event, InRound, RoundFinished
+from fastlth.training.early_bird import MaskDrawn
 from fastlth.training.trainer import Evaluated
 
 TIMING_FIELDS = ("seconds", "images_per_second")
@@ -29,5 +30,8 @@ def record(event: Event) -> dict[str, Any] | None:
                 **({"test_loss": e.test.loss, "test_accuracy": e.test.accuracy} if e.test else {}),
                 "images_per_second": e.images_per_second,
             }
+        case InRound(event=MaskDrawn() as m):
+            return {"event": "early_bird", "round": event.round, "iteration": m.iteration, "epoch": m.epoch,
+                    "mask_distance": m.distance, "round_ends": m.found}  # fmt: skip
         case _:
             return None

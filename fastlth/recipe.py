@@ -18,10 +18,11 @@ from fractions import Fraction
 from math import inf
 from typing import Any
 
-from fastlth.catalogue import DATASETS, dataset_name, model_name
+from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, dataset_name, model_name
 from fastlth.errors import RecipeError, unknown
 
-STREAMS = {"init": 1, "split": 2, "order": 3, "augment": 4, "prune": 5}  # Philox key word 1; never renumber
+# Philox key word 1; never renumber
+STREAMS = {"init": 1, "split": 2, "order": 3, "augment": 4, "prune": 5, "dropout": 6, "branch": 7}
 LAST_ROUND = 254  # pruned_at is one byte: 0 = alive, k = removed in round k, 255 reserved
 
 
@@ -47,10 +48,13 @@ class ModelSection:
     """batch norm after every convolution of lenet-5 and conv-n (vgg19 always has it)"""
     bias_init: str = "zero"
     """zero (the papers) or uniform in +-1/sqrt(fan_in) (lecode)"""
+    dropout: float = 0.0
+    """share of the outputs of hidden linear layers (vgg19: of the pooled features) that training sets to zero"""
 
     def __post_init__(self) -> None:
         model_name(self.name)
         _choice("model.bias_init", self.bias_init, ("zero", "uniform"))
+        _check("model.dropout", 0 <= self.dropout < 1, "be in [0, 1), the share that is dropped", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,9 +153,21 @@ class PruneSection:
     scope: str = "layer"
     """layer (each layer loses its share) or global (one ranking over all)"""
     criterion: str = "large_final"
-    """large_final (alias magnitude): keep the weights that are largest after training"""
+    """the score by which weights stay, by its name in docs/criteria.md; magnitude is large_final"""
+    alpha: float = 1.0
+    """weighs w_f against w_i in large_init_large_final and small_init_small_final"""
+    formulas: str = "paper"
+    """paper or code: which of them a criterion follows where Zhou et al.'s paper and program differ"""
+    mask_1: str = "none"
+    """what kept weights start a round with (docs/criteria.md); none: their rewind values"""
+    mask_0: str = "mask"
+    """what pruned weights are kept at (docs/criteria.md); mask: zero"""
+    constant: float | None = None
+    """size of the weights of the *_constant actions; standard deviation of the layer's rewind values if not given"""
     rewind_to: int = 0
     """the iteration whose weights the survivors return to"""
+    early_bird: float = 0.0
+    """end a round when the mask it is heading for changes less than this over five epochs (the paper: 0.1); 0: never"""
 
     def __post_init__(self) -> None:
         if self.criterion == "magnitude":
@@ -164,8 +180,61 @@ class PruneSection:
             _check(f"prune.scale.{pattern}", 0 <= factor < inf and exact(factor) * exact(self.rate) < 1,
                    f"be at least 0 and, times prune.rate {self.rate}, below 1", factor)  # fmt: skip
         _choice("prune.scope", self.scope, ("layer", "global"))
-        _choice("prune.criterion", self.criterion, ("large_final",))
+        _choice("prune.criterion", self.criterion, CRITERIA)
+        _choice("prune.formulas", self.formulas, ("paper", "code"))
+        _choice("prune.mask_1", self.mask_1, MASK_1)
+        _choice("prune.mask_0", self.mask_0, MASK_0)
+        self._check_zhou()
         _check("prune.rewind_to", self.rewind_to >= 0, "be at least 0", self.rewind_to)
+        _check("prune.early_bird", 0 <= self.early_bird < 1, "be in [0, 1), a share of the kept weights",
+               self.early_bird)  # fmt: skip
+
+    def _check_zhou(self) -> None:
+        both = self.criterion in ("large_init_large_final", "small_init_small_final")
+        differs = both or self.criterion in ("magnitude_increase_same_sign", "magnitude_increase_diff_sign")
+        _check("prune.formulas", self.formulas == "paper" or differs,
+               f"be paper with criterion {self.criterion}, of which paper and program say the same",
+               self.formulas)  # fmt: skip
+        _check("prune.scope", self.scope == "layer" or not (both and self.formulas == "code"),
+               f"be layer with criterion {self.criterion} and formulas code, which rank each layer alone",
+               self.scope)  # fmt: skip
+        _check("prune.alpha", 0 < self.alpha < inf, "be greater than 0", self.alpha)
+        _check("prune.alpha", self.alpha == 1.0 or (both and self.formulas == "paper"),
+               f"be 1 with criterion {self.criterion}, whose formula has no alpha"
+               if not both else "be 1 with formulas code, which compares rankings", self.alpha)  # fmt: skip
+        _check("prune.constant", self.constant is None or 0 < self.constant < inf,
+               "be greater than 0", self.constant)  # fmt: skip
+        _check("prune.constant", self.constant is None or "constant" in self.mask_1,
+               f"be left out with mask_1 {self.mask_1}; only the actions named constant use it",
+               self.constant)  # fmt: skip
+        _check("prune.mask_0", self.mask_1 != "mask_init" or self.mask_0 == "original",
+               "be original with mask_1 mask_init, which trains the pruned weights from zero; "
+               "every other action would freeze them", self.mask_0)  # fmt: skip
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the criterion looks at dL/dw."""
+        return self.criterion in ("snip", "grad")
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether every round starts with its rewind values times its mask: no mask-1 and no mask-0 action."""
+        return (self.mask_1, self.mask_0) == ("none", "mask")
+
+    @property
+    def trains_pruned(self) -> bool:
+        """Whether pruned weights are trained like all others."""
+        return self.mask_0 == "original"
+
+    @property
+    def fills(self) -> bool:
+        """Whether pruned weights may be frozen at another value than zero."""
+        return self.mask_0 not in ("mask", "original")
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether the training decides which weights' initial values become zero."""
+        return self.mask_0.startswith("freeze_init_zero_")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +258,9 @@ class SeedsSection:
     order: int | None = None
     augment: int | None = None
     prune: int | None = None
+    dropout: int | None = None
+    branch: int | None = None
+    """fresh initial values and random masks of control runs"""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -273,6 +345,9 @@ class Recipe:
         _check("prune.rewind_to", rewind < last, f"be below train.iterations ({last})", rewind)
         _check("store.theta0", self.store.theta0 == "stored" or not rewind,
                f"be stored with prune.rewind_to {rewind}, since a seed is theta0 only", self.store.theta0)  # fmt: skip
+        _check("compute.engine", self.compute.engine in ("auto", "dense") or not self.prune.fills,
+               f"be auto or dense with prune.mask_0 {self.prune.mask_0}, since other engines keep pruned weights at 0",
+               self.compute.engine)  # fmt: skip
         images = self.data.train_images
         _check("train.batch_size", self.train.batch_size <= images,
                f"be at most the {images} training images", self.train.batch_size)  # fmt: skip

@@ -8,6 +8,7 @@ every round        -> metrics, search.ticket
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import signal
 import time
@@ -23,17 +24,21 @@ from typing import Any
 from numpy.typing import NDArray
 
 from fastlth import sinks
+from fastlth.analysis import collapses, layer_records, net_units, replicate_overlap
 from fastlth.data.sources import Source, data_root, load
 from fastlth.errors import DeviceError, RecipeError, Stopped
 from fastlth.metrics import record
 from fastlth.models import INIT_VERSION, skeleton, weight_names
 from fastlth.pruning import layer_rates
+from fastlth.pruning.budget import one_shot_rate
+from fastlth.pruning.criteria import SIGN_TESTS
 from fastlth.recipe import ComputeSection, Recipe
-from fastlth.search import Event, InRound, RoundFinished, find_tickets, over, winning_round
+from fastlth.search import Event, InRound, RoundFinished, RoundStarted, find_tickets, over, winning_round
 from fastlth.side_by_side import cores, side_by_side
+from fastlth.store import ticket as tickets
 from fastlth.store import weights
 from fastlth.store.metrics_file import MetricsFile
-from fastlth.store.run import Run, State
+from fastlth.store.run import RECIPE, Run, State, parent_folder, run_folders
 from fastlth.store.ticket import EncodedTheta, Ticket
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
@@ -112,6 +117,17 @@ class Search:
     def winning_round(self) -> int | None:
         return winning_round([r.rounds for r in self.replicates])
 
+    @functools.cached_property
+    def mask_overlap(self) -> list[dict[str, Any]]:
+        """Per round, how far the masks of the replicates agree (docs/metrics.md), read from their tickets.
+
+        Empty for one replicate. Raises TicketError where a ticket file has been damaged since.
+        """
+        if len(self.replicates) == 1:
+            return []
+        overlap = replicate_overlap([tickets.load(r.ticket, masks_only=True) for r in self.replicates])
+        return overlap[: len(self.rounds)]
+
     def to_json(self) -> dict[str, Any]:
         """The document of ``find-ticket --json``."""
         document = {
@@ -123,13 +139,14 @@ class Search:
         }
         if len(self.replicates) > 1:
             document["replicates"] = [{"seed": r.seed, "rounds": [dict(x) for x in r.rounds]} for r in self.replicates]
+            document["mask_overlap"] = self.mask_overlap
         return document
 
 
 def run(
     recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
     fresh: bool = False, log: Sequence[str] = (), show: Show = lambda _: None,
-    stopped: Callable[[], int | None] = lambda: None,
+    stopped: Callable[[], int | None] = lambda: None, resolved: Mapping[str, Any] | None = None,
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
@@ -137,6 +154,7 @@ def run(
     trains, as many of them run side by side as there are processors, each on one thread. ``log`` names further
     places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
     step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
+    ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet.
     """
     check(recipe)
     log = sinks.check(log)
@@ -146,12 +164,12 @@ def run(
         directories = [
             opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
         ]
-        together = _together(directories, source) if replicates > 1 else 1
+        together = _together(directories, source, resolved) if replicates > 1 else 1
 
         def task(r: int, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
-            resolved = next((d.resolved for d in directories if d.resolved), None)
+            settled = next((d.resolved for d in directories if d.resolved), resolved)
             one = directories[r]
-            return _run_one(one, one.recipe, source, resolved, (r, replicates), log, show, stopped, data_dir)
+            return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir)
 
         if together == 1:
             return Search(recipe, tuple(task(r, show, stopped) for r in range(replicates)))
@@ -166,22 +184,33 @@ def run(
         return Search(recipe, tuple(done))
 
 
-def _together(directories: Sequence[Run], source: Source) -> int:
+def _together(directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None) -> int:
     """How many replicates run side by side; settles what ``auto`` becomes, with one thread for each of them."""
     todo = [d for d in directories if (ticket := d.ticket(theta0)) is None or not over(d.recipe, ticket.rounds)]
     if len(todo) < 2 or engine(todo[0].recipe) == "dense":
         return 1
-    if all(d.resolved is None for d in directories):
+    if resolved is None and all(d.resolved is None for d in directories):
         recipe = todo[0].recipe
         threads = recipe.compute.threads or 1
         narrow = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, threads=threads))
         choice = resolve(narrow, lambda candidate: make_engine(candidate, source))
         if choice.compute.engine == "sparse":
             todo[0].write_recipe(recipe, {**choice.to_dict(), "environment": environment(choice.compute)})
-    resolved = next((d.resolved for d in directories if d.resolved), None)
+    resolved = next((d.resolved for d in directories if d.resolved), resolved)
     if resolved is None or resolved["engine"] != "sparse":
         return 1
     return min(len(todo), max(1, cores() // int(resolved["threads"])))
+
+
+def in_one_step(recipe: Recipe, density: float) -> Recipe:
+    """``recipe`` with the rate at which its first pruning ends at or just below ``density``. Raises RecipeError."""
+    if recipe.prune.criterion in SIGN_TESTS:
+        raise RecipeError(f"criterion {recipe.prune.criterion} decides itself how many weights go and cannot prune to "
+                          "a density; choose another one")  # fmt: skip
+    model = skeleton(recipe)
+    shapes = {n: tuple(model.get_parameter(n).shape) for n in weight_names(model)}
+    rate = one_shot_rate(shapes, recipe.prune, density)
+    return dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rate=rate))
 
 
 def check(recipe: Recipe) -> None:
@@ -194,6 +223,22 @@ def check(recipe: Recipe) -> None:
     device(recipe.compute.device)
     loader(recipe.compute.loader)
     engine(recipe)
+
+
+def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None) -> Path:
+    """The run directory of a recipe and its seed, made without training anything if it is not there.
+
+    It holds the recipe and what ``auto`` became; a search goes on from there. Raises as ``run`` does.
+    """
+    check(recipe)
+    folders = run_folders(parent_folder(Path(out), recipe))
+    numbers = [number for seed, number in folders if seed == recipe.seeds.base]
+    if numbers and ((path := folders[recipe.seeds.base, max(numbers)]) / RECIPE).exists():
+        return path
+    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    with Run.open(Path(out), recipe) as directory:
+        _settle(directory, recipe, source, None)
+        return directory.path
 
 
 def resume(
@@ -212,7 +257,7 @@ def resume(
 
 
 def _run_one(
-    directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None, replicate: tuple[int, int],
+    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, replicate: tuple[int, int],
     log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
@@ -229,11 +274,17 @@ def _run_one(
         _Saver(directory, recipe, metrics) as saver,
     ):
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
+        collapsed: set[str] = set()
         for event in find_tickets(recipe, source, compute, ticket=ticket, state=state):
             if line := record(event):
                 metrics.write(line)
                 others.write(line)
             show(event)
+            if isinstance(event, RoundStarted) and ticket:
+                found = collapses(net_units(recipe, ticket.mask(event.round)))
+                for layer in sorted(found.keys() - collapsed):  # once, not in every round from here on
+                    show(Notice(f"warning: in round {event.round} {layer} {found[layer]}"))
+                collapsed |= found.keys()
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
                 if number := stopped():
                     saver.state(event)
@@ -243,8 +294,13 @@ def _run_one(
                 if saver.due():
                     saver.state(event)
             elif isinstance(event, RoundFinished):
+                ticket, k = event.ticket, event.round
+                before = ticket.rewind if k or not ticket.rewind_iteration else theta0(recipe)
+                previous = ticket.mask(k - 1) if k else None
+                for line in layer_records(recipe, k, ticket.mask(k), previous, before, event.trained()):
+                    metrics.write(line)
                 saver.round(event)
-                rounds = event.ticket.rounds
+                rounds = ticket.rounds
     return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
 
 
@@ -256,7 +312,7 @@ def _resume_command(directory: Run, data_dir: str | Path | None, log: Sequence[s
 
 
 def _settle(
-    directory: Run, recipe: Recipe, source: Source, resolved: dict[str, Any] | None
+    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None
 ) -> tuple[ComputeSection, str | None, Mapping[str, float]]:
     """The compute section of this run: as it was resolved at its first start, else resolved now and written down."""
     kept = directory.resolved or resolved
@@ -329,7 +385,7 @@ class _Saver:
     def _save_round(self, ticket: Ticket, trained: Mapping[str, NDArray[Any]] | None) -> None:
         path, last = self._directory.path, len(ticket.rounds) - 1
         if trained is not None:
-            weights.save(path, last, trained, ticket.mask(last), ticket.recipe.digest)
+            weights.save(path, last, trained, ticket.trained_mask(last), ticket.recipe.digest)
         if self._theta is None:
             self._theta = EncodedTheta.of(ticket.rewind, stored=not self._in_seed)
         self._directory.save_ticket(ticket, theta=self._theta)

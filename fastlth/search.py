@@ -21,12 +21,14 @@ from torch import Tensor
 from fastlth import masks as mask_tools
 from fastlth.data.sources import Source, data_root, load
 from fastlth.errors import DivergedError
-from fastlth.pruning import layer_rates, prune
+from fastlth.pruning import Gradients, actions, layer_rates, prune
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.store.run import State
 from fastlth.store.ticket import Ticket
+from fastlth.training.early_bird import EarlyBird, MaskDrawn
 from fastlth.training.engines.base import Engine
-from fastlth.training.engines.make import make_engine
+from fastlth.training.engines.make import make_engine, make_splits
+from fastlth.training.gradients import gradients
 from fastlth.training.resolve import resolve
 from fastlth.training.trainer import ChunkDone, Evaluated, Progress, train
 
@@ -48,7 +50,7 @@ class InRound:
     """An evaluation or a safe point. ``state()`` copies all that a resume needs; call it before the next event."""
 
     round: int
-    event: Evaluated | ChunkDone
+    event: Evaluated | MaskDrawn | ChunkDone
     state: Callable[[], State]
 
 
@@ -78,7 +80,8 @@ def find_tickets(
     """
     data = source or load(recipe.data.name, data_root())
     compute = compute or resolve(recipe, lambda candidate: make_engine(candidate, data)).compute
-    engine = make_engine(dataclasses.replace(recipe, compute=compute), data)
+    settled = dataclasses.replace(recipe, compute=compute)
+    engine = make_engine(settled, data)
     weights = {n: engine.weights()[n] for n in engine.weight_names}
     numbers = {n: i for i, n in enumerate(weights)}
     all_weights = sum(w.numel() for w in weights.values())
@@ -86,19 +89,30 @@ def find_tickets(
 
     rewind = _arrays(engine.weights())  # theta0, until round 0 passes the rewind point
     pruned_at = {n: np.zeros(w.shape, np.uint8) for n, w in prunable.items()}
+    zero_from = {n: torch.zeros(w.shape, dtype=torch.uint8) for n, w in prunable.items() if recipe.prune.zeroes}
+    key = recipe.seeds.key("prune")
     results: list[Mapping[str, Any]] = []
     if ticket is not None:
         rewind, results = dict(ticket.rewind), list(ticket.rounds)
         pruned_at = {n: at.copy() for n, at in ticket.pruned_at.items()}
+        zero_from = _tensors(ticket.fill)
     masks = {n: torch.from_numpy(pruned_at[n] == 0).to(w.device) for n, w in prunable.items()}
 
     while not over(recipe, results):
         round = len(results)
         progress = Progress(recipe.prune.rewind_to if round else 0)
-        start = _tensors(rewind)
-        engine.set_masks(masks)
+        start = actions.start(recipe.prune, _tensors(rewind), masks, zero_from, numbers=numbers, round=round, key=key)
+        engine.set_masks(mask_tools.full(masks) if recipe.prune.trains_pruned else masks)
         engine.rewind(start)
+        bird = None
+        if recipe.prune.early_bird:
+            draw = functools.partial(prune, recipe.prune, masks, start, numbers=numbers, round=round + 1, key=key,
+                                     gradients=_gradients(settled, data, start))  # fmt: skip
+            bird = EarlyBird(recipe.prune.early_bird, recipe.train.iterations_per_epoch(recipe.data.train_images),
+                             masks, draw, not_before=recipe.prune.rewind_to)  # fmt: skip
         if state is not None:
+            if bird is not None:
+                bird.load_state(state.arrays)
             engine.load_state(_tensors(state.arrays))
             progress = Progress.from_json(state.info["progress"])
             rewind = _with_prefix("rewind/", state.arrays) or rewind
@@ -108,13 +122,16 @@ def find_tickets(
         density = (kept + unpruned) / all_weights
         yield RoundStarted(round, kept, all_weights - unpruned, density, progress.iteration)
 
-        for event in _training(engine, recipe, progress, round):
+        for event in _training(engine, recipe, progress, round, bird):
             if round == 0 and recipe.prune.rewind_to and event == ChunkDone(recipe.prune.rewind_to):
                 rewind = _arrays(engine.weights())
-            yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, rewind))
+            yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, rewind, bird))
 
-        new = prune(recipe.prune, masks, start, engine.weights(),
-                    numbers=numbers, round=round + 1, key=recipe.seeds.key("prune"))  # fmt: skip
+        initial = start if round else _tensors(rewind)  # theta_k also where round 0 began earlier
+        new = prune(recipe.prune, masks, initial, engine.weights(), numbers=numbers, round=round + 1, key=key,
+                    gradients=_gradients(settled, data, initial))  # fmt: skip
+        zero_from = actions.zeroed(recipe.prune, zero_from, masks, new, initial, engine.weights(),
+                                   numbers=numbers, round=round + 1, key=key)  # fmt: skip
         for name, mask in masks.items():
             pruned_at[name][(mask & ~new[name]).cpu().numpy()] = round + 1
         masks = new
@@ -122,7 +139,8 @@ def find_tickets(
         results.append(result)
         found = Ticket(
             recipe=recipe, resolved={}, rewind=rewind, rewind_iteration=recipe.prune.rewind_to,
-            pruned_at={n: at.copy() for n, at in pruned_at.items()}, rounds=tuple(results), all_weights=all_weights,
+            pruned_at={n: at.copy() for n, at in pruned_at.items()}, fill=_arrays(zero_from), rounds=tuple(results),
+            all_weights=all_weights,
         )  # fmt: skip
         yield RoundFinished(round, result, found, lambda: _arrays(engine.weights()))
 
@@ -155,9 +173,11 @@ def winning_round(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> int | No
     return max(winners, default=None)
 
 
-def _training(engine: Engine, recipe: Recipe, progress: Progress, round: int) -> Iterator[Evaluated | ChunkDone]:
+def _training(
+    engine: Engine, recipe: Recipe, progress: Progress, round: int, bird: EarlyBird | None
+) -> Iterator[Evaluated | MaskDrawn | ChunkDone]:
     try:
-        yield from train(engine, recipe, progress, pause_at=0 if round else recipe.prune.rewind_to)
+        yield from train(engine, recipe, progress, pause_at=0 if round else recipe.prune.rewind_to, bird=bird)
     except DivergedError as error:
         raise DivergedError(f"round {round}: {error}") from None
 
@@ -184,14 +204,21 @@ def round_result(
         "layers": engine.layers,
         "seconds": progress.seconds,
         "images_per_second": progress.images / max(progress.training_seconds, 1e-9),
+        **({"iterations": progress.iteration} if recipe.prune.early_bird else {}),
     }
 
 
-def _state(engine: Engine, progress: Progress, round: int, recipe: Recipe, rewind: Arrays) -> State:
-    arrays = _arrays(engine.state())
+def _state(
+    engine: Engine, progress: Progress, round: int, recipe: Recipe, rewind: Arrays, bird: EarlyBird | None
+) -> State:
+    arrays = _arrays(engine.state()) | (bird.state() if bird else {})
     if round == 0 and 0 < recipe.prune.rewind_to <= progress.iteration:  # theta_k is in no ticket yet
         arrays |= {f"rewind/{n}": a for n, a in rewind.items()}
     return State(arrays=arrays, info={"round": round, "progress": progress.to_json()})
+
+
+def _gradients(recipe: Recipe, data: Source, values: Mapping[str, Tensor]) -> Gradients:
+    return lambda: gradients(recipe, make_splits(recipe, data)["train"], values)
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:

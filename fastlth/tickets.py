@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastlth.masks import Masks
-from fastlth.models import build, skeleton
+from fastlth.models import build, skeleton, weight_names
+from fastlth.pruning import actions
 from fastlth.recipe import Recipe
 from fastlth.store import ticket as files
 from fastlth.store import weights
@@ -45,17 +46,31 @@ class LoadedTicket:
         """theta_k: every parameter and buffer, unmasked."""
         return {name: torch.from_numpy(np.array(a)) for name, a in self.file.rewind.items()}
 
+    def start(self, round: int) -> dict[str, Tensor]:
+        """What a round starts with: every parameter and buffer, kept weights as the mask-1 action makes them from
+        theta_k, pruned ones as the mask-0 action does (ordinarily theta_k and zero). Raises TicketError as ``mask``.
+        """
+        fill = {name: torch.from_numpy(at) for name, at in self.file.fill.items()}
+        numbers = {name: i for i, name in enumerate(weight_names(skeleton(self.recipe)))}
+        return actions.start(self.recipe.prune, self.rewind(), self.mask(round), fill, numbers=numbers, round=round,
+                             key=self.recipe.seeds.key("prune"))  # fmt: skip
+
+    def trained_mask(self, round: int) -> Masks:
+        """The weights that a round trains: those of its mask, or all with mask-0 action original."""
+        return {name: torch.from_numpy(mask) for name, mask in self.file.trained_mask(round).items()}
+
     def model(self, round: int) -> nn.Module:
-        """The winning-ticket candidate of a round: the net at theta_k with its pruned weights at zero, untrained."""
-        state, masks = self.rewind(), self.mask(round)
-        for name, mask in masks.items():
-            state[name] = state[name].masked_fill(~mask, 0.0)
-        return self._net(state)
+        """The winning-ticket candidate of a round: the net as the round starts with it, untrained."""
+        return self._net(self.start(round))
 
     def trained(self, round: int) -> nn.Module:
         """The net as the round's training left it. Raises TicketError unless the search kept its weights."""
-        arrays = weights.load(self.folder, round, self.file.mask(round), self.recipe.digest)
-        return self._net({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
+        arrays = weights.load(self.folder, round, self.file.trained_mask(round), self.recipe.digest)
+        state = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+        if self.recipe.prune.fills:
+            start = self.start(round)
+            state |= {name: torch.where(m, state[name], start[name]) for name, m in self.mask(round).items()}
+        return self._net(state)
 
     def _net(self, state: Mapping[str, Tensor]) -> nn.Module:
         model = skeleton(self.recipe).to_empty(device="cpu")

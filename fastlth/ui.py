@@ -17,8 +17,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastlth.experiments.trial import TrialFinished, TrialStarted
 from fastlth.running import Beside, Happening, Notice, Started
 from fastlth.search import InRound, RoundFinished, RoundStarted
+from fastlth.training.early_bird import MaskDrawn
 from fastlth.training.trainer import Evaluated
 
 LONG_SECONDS = 600.0  # a search that takes longer than this says so
@@ -107,6 +109,7 @@ class View:
         self._progress.update(self._task, rounds=recipe.prune.rounds, total=recipe.train.iterations)
         if event.replicate[0] == 0 and self._header:
             self._print(self._header)
+            self._header = ""  # once, also where several searches follow each other
         if event.replicate[1] > 1:
             self._print(f"replicate {event.replicate[0] + 1} of {event.replicate[1]}, seed {recipe.seeds.base}")
         self._say_how(event)
@@ -120,6 +123,8 @@ class View:
         if compute.engine == "sparse":
             how += [f"kept weights alone at density {compute.break_even:g} and below"]
         self._print(f"{', '.join(how)}; {event.path}")
+        if event.recipe.prune.rewind_to:
+            self._print(f"rewinding to iteration {event.recipe.prune.rewind_to:,}")
         if event.measured:
             self._print("timed: " + "; ".join(f"{k} {v:,.0f} images/s" for k, v in event.measured.items()))
         if event.resumed:
@@ -158,6 +163,9 @@ class View:
         inner = event.event
         left = self._pace.seconds_left(inner.iteration)
         self._progress.update(self._task, completed=inner.iteration, left=left)
+        if isinstance(inner, MaskDrawn) and inner.found:
+            self._print(f"round {event.round} ends at iteration {inner.iteration:,}: its mask moved by at most "
+                        f"{inner.distance:.3f} in five epochs")  # fmt: skip
         if not isinstance(inner, Evaluated):
             return
         accuracy = f"validation {inner.validation.accuracy:.2%}"
@@ -173,6 +181,30 @@ class View:
     def _print(self, line: str) -> None:
         self._line_at = time.monotonic()
         self._progress.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+class TrialLines:
+    """Shows the trainings of a branch as plain lines."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._line_at = time.monotonic()
+
+    def __call__(self, event: TrialStarted | InRound | TrialFinished) -> None:
+        match event:
+            case TrialStarted():
+                self._print(f"{event.trial.folder}: density {event.density:.2%}, from iteration {event.iteration:,}")
+            case TrialFinished():
+                self._print(_sentence(event.result))
+            case InRound(event=Evaluated() as inner) if time.monotonic() - self._line_at > PLAIN_EVERY:
+                self._print(
+                    f"round {event.round}  iteration {inner.iteration:,}  "
+                    f"{inner.images_per_second:,.0f} images/s  validation {inner.validation.accuracy:.2%}"
+                )
+
+    def _print(self, line: str) -> None:
+        self._line_at = time.monotonic()
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 class _Pace:
@@ -261,6 +293,20 @@ def rounds_table(rounds: Sequence[Mapping[str, Any]], winner: int | None, spread
             f"{r['early_stop_test_accuracy']:.2%}", f"{r['test_accuracy']:.2%}", f"{r['seconds']:.1f}", mark,
             style="bold green" if r["round"] == winner else None,
         )  # fmt: skip
+    return table
+
+
+def rewind_table(points: Sequence[tuple[int, Sequence[Mapping[str, Any]], int | None]]) -> Table:
+    """One row per search: (rewind point, rounds, winning round or None)."""
+    table = Table(title="rewind points", box=None, pad_edge=False, header_style="bold")
+    for column in ("rewound to", "winning round", "density", "test acc. at early stop", "last round", "density",
+                   "test acc. at early stop"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for iteration, rounds, winner in points:
+        cells = [(f"{r['round']}", f"{r['density']:.2%}", f"{r['early_stop_test_accuracy']:.2%}")
+                 for r in ([rounds[winner]] if winner is not None else []) + [rounds[-1]]]  # fmt: skip
+        found = [x for cell in cells for x in cell] if winner is not None else ["none", "", "", *cells[0]]
+        table.add_row(f"{iteration:,}", *found)
     return table
 
 

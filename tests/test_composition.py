@@ -96,10 +96,20 @@ def test_lecode_presets_are_lecodes(pair):
 def test_presets_cover_these_pairs_and_no_others():
     assert preset_table("paper").keys() == PAPER.keys()
     assert preset_table("lecode").keys() == LECODE.keys()
+    assert preset_table("paper-dropout").keys() == {"conv-2 cifar-10", "conv-4 cifar-10", "conv-6 cifar-10"}
     assert preset_table("fast").keys() == {
         "lenet-300-100 digits", "lenet-300-100 mnist", "lenet-5 mnist", "lenet-5 cifar-10", "conv-2 digits",
         "conv-2 mnist", "conv-2 cifar-10", "conv-4 cifar-10", "conv-6 cifar-10", "vgg19 cifar-10",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "lr"), [("conv-2", 3e-4), ("conv-4", 2e-4), ("conv-6", 2e-4)])
+def test_the_papers_dropout_runs_are_three_times_as_long(model, lr):
+    paper = compose(model, "cifar-10").recipe
+    dropout = compose(model, "cifar-10", preset="paper-dropout").recipe
+    assert of(dropout, "model.dropout", "train.lr", "train.iterations") == (0.5, lr, 3 * paper.train.iterations)
+    same = {"model.dropout": 0.0, "train.lr": paper.train.lr, "train.iterations": paper.train.iterations}
+    assert adjust(dropout, same) == paper
 
 
 @pytest.mark.parametrize(("preset", "pair"), [(p, pair) for p in PRESETS for pair in preset_table(p)])
@@ -143,7 +153,7 @@ def test_verified_is_a_note_not_a_setting(monkeypatch):
     assert not compose("lenet-300-100", "digits", settings={"seeds.base": 1}).verified
 
 
-def test_the_default_preset_is_paper_then_fast_then_none():
+def test_the_default_preset_is_paper_then_fast_then_none(monkeypatch):
     def default(model: str, dataset: str, **settings: Any) -> str | None:
         return compose(model, dataset, settings={k.replace("__", "."): v for k, v in settings.items()}).preset
 
@@ -152,7 +162,9 @@ def test_the_default_preset_is_paper_then_fast_then_none():
     assert default("conv-2", "digits") == "fast"
     assert default("lenet-5", "mnist") == "fast"  # lecode covers it too, and is never the default
     assert default("conv-4", "mnist", train__iterations=9, train__batch_size=9, train__lr=0.1) is None
-    assert presets_for("conv-2", "cifar-10") == ["paper", "fast", "lecode"]
+    assert presets_for("conv-2", "cifar-10") == ["paper", "fast", "lecode", "paper-dropout"]
+    monkeypatch.setattr("fastlth.composition.presets_for", lambda *_: ["paper-dropout"])
+    assert default("conv-2", "digits", train__iterations=9, train__batch_size=9, train__lr=0.1) is None
 
 
 # ---- precedence ----------------------------------------------------------------------------------------------------
@@ -333,7 +345,7 @@ def test_unknown_models_and_data_sets_get_a_suggestion(arguments, said):
 
 def test_unknown_presets_get_a_suggestion():
     said = refused("vgg19", "cifar-10", preset="papers")
-    assert said == "unknown preset 'papers' (did you mean 'paper'?); choose one of: paper, lecode, fast"
+    assert said == "unknown preset 'papers' (did you mean 'paper'?); choose one of: paper, paper-dropout, lecode, fast"
 
 
 def test_unknown_settings_get_a_suggestion(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlth import toml
-from fastlth.catalogue import DATASETS, MODELS
+from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, MODELS
 from fastlth.composition import compose, preset_table
 from fastlth.errors import RecipeError
 from fastlth.recipe import LAST_ROUND, SECTIONS, STREAMS, Recipe, SeedsSection, TrainSection, exact
@@ -55,6 +55,9 @@ NAN, INF = float("nan"), float("inf")
 RULES = [
     ("model__name", "conv-3", "unknown model 'conv-3' (did you mean 'conv-6'?); choose one of: " + ", ".join(MODELS)),
     ("model__bias_init", "ones", "unknown model.bias_init 'ones'; choose one of: zero, uniform"),
+    ("model__dropout", 1.0, "model.dropout must be in [0, 1), the share that is dropped, got 1.0"),
+    ("model__dropout", -0.5, "model.dropout must be in [0, 1), the share that is dropped, got -0.5"),
+    ("model__dropout", NAN, "model.dropout must be in [0, 1), the share that is dropped, got nan"),
     ("data__name", "cifar-100", "unknown dataset 'cifar-100' (did you mean 'cifar-10'?); "
                                 "choose one of: mnist, cifar-10, digits"),
     ("data__validation", 0, "data.validation must leave images to train on and to validate on (1 to 49999), got 0"),
@@ -106,9 +109,23 @@ RULES = [
     ("prune__scale", {"output": INF},
      "prune.scale.output must be at least 0 and, times prune.rate 0.2, below 1, got inf"),
     ("prune__scope", "net", "unknown prune.scope 'net'; choose one of: layer, global"),
-    ("prune__criterion", "small_final", "unknown prune.criterion 'small_final' (did you mean 'large_final'?); "
-                                        "choose one of: large_final"),
+    ("prune__criterion", "largest", "unknown prune.criterion 'largest' (did you mean 'large_init'?); "
+                                    "choose one of: " + ", ".join(CRITERIA)),
+    ("prune__mask_1", "rewind", "unknown prune.mask_1 'rewind'; choose one of: " + ", ".join(MASK_1)),
+    ("prune__mask_0", "zero", "unknown prune.mask_0 'zero'; choose one of: " + ", ".join(MASK_0)),
+    ("prune__mask_1", "mask_init", "prune.mask_0 must be original with mask_1 mask_init, which trains the pruned "
+                                   "weights from zero; every other action would freeze them, got 'mask'"),
+    ("prune__formulas", "zhou", "unknown prune.formulas 'zhou'; choose one of: paper, code"),
+    ("prune__formulas", "code", "prune.formulas must be paper with criterion large_final, of which paper and program "
+                                "say the same, got 'code'"),
+    ("prune__alpha", 0.0, "prune.alpha must be greater than 0, got 0.0"),
+    ("prune__alpha", NAN, "prune.alpha must be greater than 0, got nan"),
+    ("prune__alpha", 2.0, "prune.alpha must be 1 with criterion large_final, whose formula has no alpha, got 2.0"),
+    ("prune__constant", 0.0, "prune.constant must be greater than 0, got 0.0"),
+    ("prune__constant", 0.1, "prune.constant must be left out with mask_1 none; only the actions named constant use "
+                             "it, got 0.1"),
     ("prune__rewind_to", -1, "prune.rewind_to must be at least 0, got -1"),
+    ("prune__early_bird", 1.0, "prune.early_bird must be in [0, 1), a share of the kept weights, got 1.0"),
     ("prune__rewind_to", 1_000, "prune.rewind_to must be below train.iterations (1000), got 1000"),
     ("evaluate__every", 0, "evaluate.every must be at least 1, got 0"),
     ("evaluate__test", "never", "unknown evaluate.test 'never'; choose one of: minimum, always"),
@@ -258,11 +275,11 @@ def test_names_become_canonical():
 
 
 def test_streams_have_numbers_that_never_change():
-    assert STREAMS == {"init": 1, "split": 2, "order": 3, "augment": 4, "prune": 5}
+    assert STREAMS == {"init": 1, "split": 2, "order": 3, "augment": 4, "prune": 5, "dropout": 6, "branch": 7}
     derived = SeedsSection(base=7)
-    assert [derived.key(s) for s in STREAMS] == [(7, 1), (7, 2), (7, 3), (7, 4), (7, 5)]
+    assert [derived.key(s) for s in STREAMS] == [(7, 1), (7, 2), (7, 3), (7, 4), (7, 5), (7, 6), (7, 7)]
     single = SeedsSection(base=7, order=0)
-    assert [single.key(s) for s in STREAMS] == [(7, 1), (7, 2), (0, 3), (7, 4), (7, 5)]
+    assert [single.key(s) for s in STREAMS] == [(7, 1), (7, 2), (0, 3), (7, 4), (7, 5), (7, 6), (7, 7)]
 
 
 def test_recipes_are_frozen():
@@ -287,16 +304,18 @@ PAPER_DIGESTS = {
 
 # Another allowed value for every setting. A new setting belongs in here, and in WITHOUT if it is no part of the name.
 OTHER: dict[str, Any] = {
-    "model.name": "conv-4", "model.batch_norm": True, "model.bias_init": "uniform",
+    "model.name": "conv-4", "model.batch_norm": True, "model.bias_init": "uniform", "model.dropout": 0.5,
     "data.name": "mnist", "data.validation": 4_999, "data.normalise": "unit", "data.augment": "flip-crop",
     "train.iterations": 1_001, "train.batch_size": 61, "train.lr": 0.02, "train.momentum": 0.8,
     "train.nesterov": True, "train.weight_decay": 1e-4, "train.betas": [0.9, 0.99], "train.eps": 1e-7,
     "train.drop_last": False,
     "schedule.warmup": 1, "schedule.milestones": [500], "schedule.gamma": 0.2, "schedule.scale": False,
     "prune.rounds": 30, "prune.to_density": 0.05, "prune.rate": 0.3, "prune.scale": {"output": 0.5},
-    "prune.scope": "global", "prune.rewind_to": 1,
+    "prune.scope": "global", "prune.rewind_to": 1, "prune.early_bird": 0.1,
+    "prune.criterion": "movement", "prune.mask_1": "signed_reinit", "prune.mask_0": "freeze_init",
     "evaluate.every": 200, "evaluate.test": "always",
     "seeds.base": 1, "seeds.init": 1, "seeds.split": 1, "seeds.order": 1, "seeds.augment": 1, "seeds.prune": 1,
+    "seeds.dropout": 1, "seeds.branch": 1,
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
     "compute.kernels": "torch",
@@ -306,8 +325,8 @@ WITHOUT = {
     "prune.rounds", "prune.to_density", "seeds.base", "schedule.scale",
     "store.save_every", "store.theta0", "store.keep_weights",
 }  # fmt: skip
-SINGLE = {"prune.criterion"}  # has one allowed value so far
-ELSEWHERE = {"train.optimizer"}  # another one does not go with BASE's momentum; tested by itself
+# Other values of these do not go with BASE; tested by themselves.
+ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.constant"}
 
 ALL = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 
@@ -317,7 +336,7 @@ def changed(name: str) -> Recipe:
 
 
 def test_every_setting_is_covered_here():
-    assert set(ALL) == {*OTHER, *SINGLE, *ELSEWHERE}
+    assert set(ALL) == {*OTHER, *ELSEWHERE}
     assert set(ALL) >= WITHOUT
 
 
@@ -330,6 +349,16 @@ def test_the_digest_changes_with_every_setting_but_prefixes_and_storage(name):
 
 def test_the_digest_changes_with_the_optimizer():
     assert len({recipe(train__momentum=0.0, train__optimizer=o).digest for o in ("sgd", "adam", "adamw")}) == 3
+
+
+BOTH = {"prune__criterion": "large_init_large_final"}
+
+
+def test_the_digest_changes_with_options_of_criteria_and_actions():
+    one, constant = recipe(**BOTH), recipe(prune__mask_1="signed_constant")
+    assert len({one.digest, recipe(**BOTH, prune__alpha=2.0).digest,
+                recipe(**BOTH, prune__formulas="code").digest}) == 3  # fmt: skip
+    assert constant.digest != recipe(prune__mask_1="signed_constant", prune__constant=0.1).digest
 
 
 def test_no_two_changes_have_one_digest():

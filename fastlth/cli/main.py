@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from fastlth.cli import bench, data, doctor, find_ticket, report, resume, runs, ticket, train
+from fastlth.cli import (
+    bench,
+    branch,
+    connectivity,
+    data,
+    doctor,
+    find_ticket,
+    report,
+    resume,
+    runs,
+    supermask,
+    ticket,
+    train,
+    transfer,
+)
 from fastlth.errors import FastlthError
 
 EXIT_CODES = (
@@ -26,6 +40,11 @@ app = typer.Typer(
 app.command("find-ticket", epilog=find_ticket.EXAMPLE)(find_ticket.find_ticket)
 app.command("resume", epilog=resume.EXAMPLE)(resume.resume)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("branch", epilog=branch.EXAMPLE)(branch.branch)
+app.command("prune-at-init", epilog=branch.AT_INIT_EXAMPLE)(branch.prune_at_init)
+app.command("connectivity", epilog=connectivity.EXAMPLE)(connectivity.connectivity)
+app.command("transfer", epilog=transfer.EXAMPLE)(transfer.transfer)
+app.command("supermask", epilog=supermask.EXAMPLE)(supermask.supermask)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(runs.app, name="runs")
 app.add_typer(ticket.app, name="ticket")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,11 +27,18 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(stderr=True, width=160)
 
 
+def teller(out: Console, view: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Shows what an experiment has to say: a sentence is printed, anything else goes to ``view``."""
+    return lambda what: out.print(what, highlight=False, soft_wrap=True) if isinstance(what, str) else view(what)
+
+
 def search_result(search: Search, out: Console) -> None:
     """The table of a finished search, its winning ticket, and where the files are."""
     from fastlth.ui import rounds_table
 
     winner = search.winning_round
+    if search.recipe.prune.rewind_to:
+        out.print(f"rewound to iteration {search.recipe.prune.rewind_to:,}", highlight=False)
     out.print(rounds_table(search.rounds, winner, spread=len(search.replicates) > 1))
     if winner is None:
         found = "no winning ticket: no pruned round was as good as the dense one on validation images, and as quick"
@@ -39,5 +47,9 @@ def search_result(search: Search, out: Console) -> None:
         found = (f"winning ticket: round {winner}, density {r['density']:.2%}, "
                  f"test accuracy {r['early_stop_test_accuracy']:.2%} at early stop")  # fmt: skip
     out.print(found, highlight=False)
+    if overlap := search.mask_overlap:
+        last = overlap[-1]
+        out.print(f"masks of the replicates in round {last['round']}: Jaccard {last['jaccard']:.3f}, "
+                  f"by chance {last['jaccard_by_chance']:.3f}", highlight=False)  # fmt: skip
     for replicate in search.replicates:
         out.print(f"ticket: {replicate.ticket}", highlight=False, soft_wrap=True)

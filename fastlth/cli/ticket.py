@@ -20,16 +20,23 @@ Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists."
 
 
 @app.command("inspect", epilog="Example: fastlth ticket inspect runs/lenet-300-100-digits-9c3fbc8d/r0/search.ticket")
-def inspect(file: File, json: Json = False) -> None:
-    """Densities, kept weights per layer and round, and where the bytes are."""
+def inspect(
+    file: File,
+    round: Annotated[int | None, typer.Option(help="Whose units to look at (default: the last round's).")] = None,
+    json: Json = False,
+) -> None:
+    """Densities, kept weights per layer and round, one round's dead units and degrees, and where the bytes are."""
     from rich.table import Table
 
+    from fastlth.analysis import collapses, net_units, unit_fields
     from fastlth.cli.show import console, json_document
     from fastlth.store.inspect import summary
     from fastlth.tickets import load_ticket
 
     head, ticket = summary(file), load_ticket(file).file
     rounds = range(len(ticket.rounds))
+    looked_at = max(len(rounds) - 1, 0) if round is None else round
+    found = net_units(ticket.recipe, ticket.mask(looked_at))
     layers: list[dict[str, Any]] = [
         {
             "name": name,
@@ -38,6 +45,8 @@ def inspect(file: File, json: Json = False) -> None:
         }
         for name, at in ticket.pruned_at.items()
     ]
+    zeroed = [sum(int(((at > 0) & (at <= k)).sum()) for at in ticket.fill.values()) for k in rounds]
+    units = [{"name": name, **unit_fields(u)} for name, u in found.items()]
     document = {
         "rounds": len(ticket.rounds),
         "densities": [ticket.density(k) for k in rounds],
@@ -47,6 +56,11 @@ def inspect(file: File, json: Json = False) -> None:
         "model": ticket.recipe.model.name,
         "dataset": ticket.recipe.data.name,
         "rewind_iteration": ticket.rewind_iteration,
+        "criterion": ticket.recipe.prune.criterion,
+        "mask_1": ticket.recipe.prune.mask_1,
+        "mask_0": ticket.recipe.prune.mask_0,
+        "zeroed": zeroed,
+        "units": {"round": looked_at, "layers": units},
     }
     if json:
         json_document(document)
@@ -56,6 +70,11 @@ def inspect(file: File, json: Json = False) -> None:
                  f"rewound to iteration {ticket.rewind_iteration:,}, recipe {ticket.recipe.digest[:8]}; "
                  f"{head.bytes['file']:,} bytes: masks {head.bytes['masks']:,}, "
                  f"rewind values {head.bytes['theta0']:,}", highlight=False)  # fmt: skip
+    prune = ticket.recipe.prune
+    if prune.criterion != "large_final" or not prune.rewinds:
+        zeros = f"; {zeroed[-1]:,} initial values zeroed" if prune.zeroes and zeroed else ""
+        screen.print(f"criterion {prune.criterion}, mask-1 action {prune.mask_1}, mask-0 action {prune.mask_0}{zeros}",
+                     highlight=False)  # fmt: skip
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("round", justify="right")
     table.add_column("density", justify="right")
@@ -64,6 +83,18 @@ def inspect(file: File, json: Json = False) -> None:
     for k in rounds:
         table.add_row(str(k), f"{ticket.density(k):.2%}", *(f"{layer['kept'][k]:,}" for layer in layers))
     screen.print(table)
+    table = Table(title=f"round {looked_at}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("layer", "units", "dead", "unread inputs", "kept on paths", "in-degree", "out-degree"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in units:
+        degrees = (f"{layer[f'{d}_min']:,} / {layer[f'{d}_median']:,g} / {layer[f'{d}_max']:,}"
+                   for d in ("in_degree", "out_degree"))  # fmt: skip
+        counts = (layer[n] for n in ("units", "dead_units", "unread_inputs", "kept_on_paths"))
+        cells = ("?" if n is None else f"{n:,}" for n in counts)  # not known where the net is no chain of layers
+        table.add_row(layer["name"].removesuffix(".weight"), *cells, *degrees)
+    screen.print(table)
+    for name, what in collapses(found).items():
+        screen.print(f"warning: {name} {what}", highlight=False)
 
 
 @app.command("verify", epilog="Example: fastlth ticket verify runs/lenet-300-100-digits-9c3fbc8d/r0/search.ticket")
@@ -106,6 +137,7 @@ def diff(a: File, b: File, json: Json = False) -> None:
     table.add_row("theta0", *("not finite" if d is None else f"{d:.3g}" for d in differences))
     screen.print(table)
     same = "the same bits" if document["theta0_identical"] else "different"
+    same += "" if document["actions_identical"] else ", mask-1 or mask-0 actions different"
     finished = " and ".join(map(str, document["rounds"]))
     screen.print(f"{'identical' if document['identical'] else 'not identical'}: "
                  f"finished rounds {finished}, rewind values {same}", highlight=False)  # fmt: skip

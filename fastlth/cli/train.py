@@ -15,7 +15,7 @@ EXAMPLE = "Example: fastlth train runs/lenet-300-100-mnist-c43be567/r0/search.ti
 def train(
     ticket: Annotated[Path, typer.Argument(help="A search.ticket file.")],
     round: Annotated[int | None, typer.Option(help="Whose ticket (default: the winning one); 0: dense.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another seed for data order and augmentation.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed for data order, augmentation, dropout.")] = None,
     iterations: Annotated[int | None, typer.Option("--iterations", "-i", help="Training steps.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", "-e", help="The same in passes over the data.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = None,
@@ -30,6 +30,7 @@ def train(
 
     settings = given({
         "train.iterations": length(iterations, epochs), "seeds.order": seed, "seeds.augment": seed,
+        "seeds.dropout": seed,
         "compute.device": device,
     })  # fmt: skip
     result = retrain(load_ticket(ticket), round=round, settings=settings, data_dir=data_dir)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastlth.analysis import jaccard, kept_by_both
 from fastlth.errors import TicketError
 from fastlth.models import skeleton, weight_names
 from fastlth.store.ticket import Ticket
@@ -26,33 +27,39 @@ def diff(a: Ticket, b: Ticket) -> dict[str, Any]:
     layers = [_layer(name, a, b, common) for name in names if name in a.pruned_at or name in b.pruned_at]
     theta0_identical = all(_same_bits(values, b.rewind[name]) for name, values in a.rewind.items())
     same_masks = all(r["hamming"] == 0 for layer in layers for r in layer["rounds"])
+    same_actions = _actions(a) == _actions(b) and all(_same_bits(at, b.fill[n]) for n, at in a.fill.items())
     return {
-        "identical": theta0_identical and same_masks and len(a.rounds) == len(b.rounds),
+        "identical": theta0_identical and same_actions and same_masks and len(a.rounds) == len(b.rounds),
         "theta0_identical": theta0_identical,  # biases and batch norm too
+        "actions_identical": same_actions,  # what makes a round's start of theta_k and its mask
         "rounds": [len(a.rounds), len(b.rounds)],
         "layers": layers,
     }
+
+
+def _actions(ticket: Ticket) -> tuple[object, ...]:
+    """What, beside theta_k and masks, the starts of a ticket's rounds are made from; ``fill`` by its names."""
+    prune = ticket.recipe.prune
+    key = None if prune.rewinds else ticket.recipe.seeds.key("prune")
+    return prune.mask_1, prune.mask_0, prune.constant, key, sorted(ticket.fill)
 
 
 def _layer(name: str, a: Ticket, b: Ticket, rounds: int) -> dict[str, Any]:
     here, there = _pruned_at(name, a), _pruned_at(name, b)
     one, other = a.rewind[name], b.rewind[name]
     same = _same_bits(one, other)
+    counts = kept_by_both(here, there, rounds)
     return {
         "name": name,
-        "rounds": [{"round": k, **_overlap(_kept(here, k), _kept(there, k))} for k in range(rounds)],
+        "rounds": [{"round": k, **_overlap(*counts[k], here.size)} for k in range(rounds)],
         "theta0_identical": same,
         "theta0_relative_difference": 0.0 if same else _relative_difference(one, other),
     }
 
 
-def _overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> dict[str, float]:
-    """Jaccard: kept by both / kept by either, 1 where both are empty. Hamming: the share of weights that differ."""
-    either = int((a | b).sum())
-    return {
-        "jaccard": int((a & b).sum()) / either if either else 1.0,
-        "hamming": int((a ^ b).sum()) / max(a.size, 1),
-    }
+def _overlap(a: int, b: int, both: int, size: int) -> dict[str, float]:
+    """From counts of kept weights. Hamming: the share of weights that differ."""
+    return {"jaccard": jaccard(a, b, both), "hamming": (a + b - 2 * both) / max(size, 1)}
 
 
 def _relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float | None:
@@ -69,11 +76,6 @@ def _relative_difference(a: NDArray[Any], b: NDArray[Any]) -> float | None:
 def _pruned_at(name: str, ticket: Ticket) -> NDArray[np.uint8]:
     at = ticket.pruned_at.get(name)
     return np.zeros(ticket.rewind[name].shape, np.uint8) if at is None else at
-
-
-def _kept(pruned_at: NDArray[np.uint8], round: int) -> NDArray[np.bool_]:
-    kept: NDArray[np.bool_] = (pruned_at == 0) | (pruned_at > round)
-    return kept
 
 
 def _same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:

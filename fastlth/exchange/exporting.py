@@ -59,7 +59,8 @@ def export(
 
 
 def _safetensors(ticket: LoadedTicket, round: int, out: Path) -> None:
-    """Weights with zeros where they are pruned, and a bool ``<name>_mask`` beside each; the same bytes every time."""
+    """Weights as the round starts with them (zero where pruned, unless an action says otherwise), and a bool
+    ``<name>_mask`` beside each; the same bytes every time."""
     tensors = {**_masked(ticket, round), **{f"{name}_mask": m for name, m in ticket.mask(round).items()}}
     container.write(out, {name: t.numpy() for name, t in tensors.items()}, {"format": "pt", **_facts(ticket, round)})
 
@@ -71,7 +72,12 @@ def _state_dict(ticket: LoadedTicket, round: int, out: Path) -> None:
 
 def _torch_prune(ticket: LoadedTicket, round: int, out: Path) -> None:
     """The state dict of a net under ``torch.nn.utils.prune``. ``weight_orig`` holds pruned weights' values too."""
-    masks, values = ticket.mask(round), ticket.rewind()
+    prune = ticket.recipe.prune
+    if prune.fills or prune.trains_pruned:
+        raise RecipeError(f"--format torch-prune cannot hold a ticket of mask-0 action {prune.mask_0}, since "
+                          "torch.nn.utils.prune puts pruned weights to zero; choose another format")  # fmt: skip
+    masks = ticket.mask(round)
+    values = ticket.rewind() if prune.rewinds else ticket.start(round)
     state: dict[str, Tensor] = {}
     for name in skeleton(ticket.recipe).state_dict():  # in the order of the net; a ticket's is alphabetical
         value = values[name]

@@ -58,6 +58,10 @@ def import_ticket(
     target.check(out, source=source, force=force)
     found = FORMATS[format](source)
     recipe = _recipe(found, format, model, dataset, settings or {})
+    if not recipe.prune.rewinds:
+        raise RecipeError(f"the recipe has actions {recipe.prune.mask_1} (mask-1) and {recipe.prune.mask_0} (mask-0), "
+                          "but an imported ticket is of rewind values and masks alone; give --set prune.mask_1=none "
+                          "--set prune.mask_0=mask, and the file's values become the rewind values")  # fmt: skip
     try:
         ticket, notes = _ticket(found, recipe)
     except TicketError as error:

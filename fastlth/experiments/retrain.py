@@ -34,8 +34,8 @@ def retrain(
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
     compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
     engine = make_engine(dataclasses.replace(recipe, compute=compute), source)
-    engine.set_masks(masks)
-    engine.rewind(ticket.rewind())
+    engine.set_masks(ticket.trained_mask(round))
+    engine.rewind(ticket.start(round))
     progress = Progress(ticket.file.rewind_iteration)
     for _ in train(engine, recipe, progress):
         pass

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastlth.catalogue import DATASETS
 from fastlth.models.conv import CONV_2, CONV_4, CONV_6, VGG_19, conv_n, vgg
+from fastlth.models.dropout import add_dropout_
 from fastlth.models.init import INIT_VERSION as INIT_VERSION
 from fastlth.models.init import initialise_
 from fastlth.models.lenet import Shape, lenet_5, lenet_300_100
@@ -30,7 +31,10 @@ def skeleton(recipe: Recipe) -> nn.Module:
     the images."""
     facts = DATASETS[recipe.data.name]
     with torch.device("meta"):
-        return MODELS[recipe.model.name](facts.shape, facts.classes, recipe.model.batch_norm)
+        model = MODELS[recipe.model.name](facts.shape, facts.classes, recipe.model.batch_norm)
+        if recipe.model.dropout:
+            add_dropout_(model, recipe.model.dropout, recipe.seeds.key("dropout"))
+    return model
 
 
 def build(recipe: Recipe) -> nn.Module:

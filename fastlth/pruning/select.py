@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from fastlth_kernels.philox import Key, philox
+from fastlth_kernels.philox import Key
 from torch import Tensor
 
 from fastlth.errors import DivergedError
 from fastlth.masks import Masks
+from fastlth.pruning.draws import keys
 
 
 def remove_lowest(
@@ -48,7 +49,6 @@ def lowest(values: Tensor, count: int, index: Tensor, tensor: Tensor, round: int
     tied = (values == threshold).nonzero().squeeze(1)
     missing = count - int(removed.sum())
     if missing < len(tied):
-        w0, w1, _, _ = philox(index[tied], tensor[tied], torch.full_like(tied, round), torch.zeros_like(tied), key)
-        tied = tied[((w0 << 31) | (w1 >> 1)).argsort(stable=True)[:missing]]
+        tied = tied[keys(index[tied], tensor[tied], round, key).argsort(stable=True)[:missing]]
     removed[tied] = True
     return removed

@@ -23,16 +23,17 @@ class Summary:
     rounds: tuple[Mapping[str, Any], ...]
     theta0_seed: Mapping[str, int] | None
     bytes: Mapping[str, int]
-    """masks, theta0, file"""
+    """masks, theta0, fill, file"""
 
 
 def summary(path: Path) -> Summary:
     """Recipe, rounds and sizes, quickly, however large the ticket. Raises TicketError."""
     header = container.read_header(path, MAX_TICKET)
     document, recipe = describe(path, header.metadata)
-    sizes = {"masks": 0, "theta0": 0, "file": header.file_bytes}
+    sizes = {"masks": 0, "theta0": 0, "fill": 0, "file": header.file_bytes}
+    kinds = {"pruned_at": "masks", "rewind": "theta0", "fill": "fill"}
     for name, slot in header.slots.items():
-        sizes["masks" if name.startswith("pruned_at/") else "theta0"] += slot.end - slot.begin
+        sizes[kinds[name.partition("/")[0]]] += slot.end - slot.begin
     return Summary(
         recipe=recipe,
         rounds=tuple(document["rounds"]),
@@ -70,4 +71,18 @@ def _disagreements(ticket: Ticket) -> list[str]:
             problems.append(f"the result at place {number} says that it is of round {result.get('round')}")
         if result.get("kept") != kept:
             problems.append(f"round {number} says it kept {result.get('kept')}, but its mask keeps {kept}")
+    return problems + _fill_disagreements(ticket)
+
+
+def _fill_disagreements(ticket: Ticket) -> list[str]:
+    """A weight becomes zero when a round is over, at the latest when it is pruned: it is frozen from then on."""
+    problems = []
+    for name, fill in ticket.fill.items():
+        at = ticket.pruned_at[name]
+        if fill.size and fill.max() > min(len(ticket.rounds), LAST_ROUND):
+            problems.append(f"{name} says that weights are zero from round {fill.max()} on, which has not begun")
+        if ((at > 0) & (fill > at)).any():
+            problems.append(f"{name} says that weights became zero after they were pruned")
+        if ticket.recipe.prune.mask_0 != "freeze_init_zero_all" and ((fill > 0) & (fill != at)).any():
+            problems.append(f"{name} says that weights became zero that were not being pruned")
     return problems

@@ -75,7 +75,7 @@ class Run:
         Raises OutputError (cannot be written), RunLockedError (another process writes it),
         EnvironmentFailure (disk full), TicketError (a damaged recipe.toml).
         """
-        parent = out / f"{recipe.model.name}-{recipe.data.name}-{recipe.digest[:8]}"
+        parent = parent_folder(out, recipe)
         seed = recipe.seeds.base
         number = max((n for s, n in run_folders(parent) if s == seed), default=0)
         number = number + 1 if fresh else max(number, 1)
@@ -200,6 +200,11 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, Any]]:
         raise TicketError(
             f"{file} is damaged ({type(error).__name__}: {error}); put it back, or start again with --fresh"
         ) from error
+
+
+def parent_folder(out: Path, recipe: Recipe) -> Path:
+    """Where the runs of a recipe lie, one folder per seed."""
+    return out / f"{recipe.model.name}-{recipe.data.name}-{recipe.digest[:8]}"
 
 
 def run_folders(parent: Path) -> dict[tuple[int, int], Path]:

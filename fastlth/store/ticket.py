@@ -7,13 +7,14 @@ was removed, which is all rounds' masks at once; the recipe and each round's res
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastlth.catalogue import ACTIONS_VERSION
 from fastlth.errors import RecipeError, TicketError
 from fastlth.recipe import LAST_ROUND, Recipe
 from fastlth.store import codec, container, strict_json
@@ -25,8 +26,9 @@ MAX_TICKET = 1 << 32
 Regenerate = Callable[[Recipe], Mapping[str, NDArray[Any]]]
 """makes theta0 again from the recipe's seeds: every parameter and buffer"""
 
+_OPTIONAL = {"fill", "start", "theta0_seed"}
 _KEYS = {"all_weights", "metrics_bytes", "pruned_at", "recipe", "resolved", "rewind", "rewind_iteration",
-         "rounds", "theta0_seed"}  # fmt: skip
+         "rounds", *_OPTIONAL}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +45,8 @@ class Ticket:
     """k"""
     pruned_at: Mapping[str, NDArray[np.uint8]]
     """per prunable weight: 0 alive, k = removed in round k; may hold the next, untrained round's mask"""
+    fill: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    """with a mask-0 action that zeroes, per prunable weight: 0 never, k = its initial value is 0 from round k on"""
     all_weights: int
     """weights of all Linear and Conv layers, pruned or not"""
     rounds: tuple[Mapping[str, Any], ...] = ()
@@ -60,6 +64,11 @@ class Ticket:
         """
         self._check(round)
         return {name: (at == 0) | (at > round) for name, at in self.pruned_at.items()}
+
+    def trained_mask(self, round: int) -> dict[str, NDArray[np.bool_]]:
+        """The weights that ``round`` trains: those of its mask, or all with mask-0 action original."""
+        mask = self.mask(round)
+        return {n: np.ones_like(m) for n, m in mask.items()} if self.recipe.prune.trains_pruned else mask
 
     def kept(self, round: int) -> int:
         """Prunable weights kept in ``round``. Raises TicketError as ``mask`` does."""
@@ -105,7 +114,11 @@ def save(path: Path, ticket: Ticket, *, theta: EncodedTheta | None = None) -> No
     theta = theta or EncodedTheta.of(ticket.rewind, stored=not in_seed)
     if in_seed == bool(theta.payloads) or theta.infos.keys() != ticket.rewind.keys():
         raise ValueError("theta is not the encoded rewind values of this ticket")
+    prune = ticket.recipe.prune
+    if ticket.fill.keys() != (ticket.pruned_at.keys() if prune.zeroes else set()):
+        raise ValueError(f"a ticket with mask-0 action {prune.mask_0} has {'a' if prune.zeroes else 'no'} fill")
     masks, mask_infos = _encode(ticket.pruned_at)
+    fill, fill_infos = _encode(ticket.fill)
     document = {
         "all_weights": ticket.all_weights,
         "metrics_bytes": ticket.metrics_bytes,
@@ -118,6 +131,10 @@ def save(path: Path, ticket: Ticket, *, theta: EncodedTheta | None = None) -> No
     }
     if ticket.theta0_seed is not None:
         document["theta0_seed"] = dict(ticket.theta0_seed)
+    if not prune.rewinds:
+        document["start"] = {"version": ACTIONS_VERSION}
+    if prune.zeroes:
+        document["fill"] = fill_infos
     metadata = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -125,6 +142,7 @@ def save(path: Path, ticket: Ticket, *, theta: EncodedTheta | None = None) -> No
         "ticket": strict_json.dumps(document),
     }
     payloads = {f"pruned_at/{n}": a for n, a in masks.items()}
+    payloads |= {f"fill/{n}": a for n, a in fill.items()}
     payloads |= {f"rewind/{n}": a for n, a in theta.payloads.items()}
     container.write(path, payloads, metadata)
 
@@ -182,11 +200,19 @@ def describe(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], R
         unknown = sorted(document.keys() - _KEYS)
         if unknown:
             raise TicketError(f"{path} uses {unknown[0]!r}, which this fastlth does not know; update fastlth")
-        if _KEYS - document.keys() - {"theta0_seed"} or any(type(r) is not dict for r in document["rounds"]):
+        if _KEYS - document.keys() - _OPTIONAL or any(type(r) is not dict for r in document["rounds"]):
             raise ValueError("its description is not complete")
+        version = document.get("start", {"version": ACTIONS_VERSION})["version"]
+        if type(version) is not int or version < 1:
+            raise ValueError("the version of its starts is not a whole number")
+        if version != ACTIONS_VERSION:
+            raise TicketError(f"{path} has starts of version {version}, this fastlth makes those of version "
+                              f"{ACTIONS_VERSION}; use the fastlth that wrote it")  # fmt: skip
         recipe = Recipe.from_dict(document["recipe"])
         if recipe.digest != metadata["recipe_digest"]:
             raise ValueError("its recipe does not have the digest it names")
+        if ("fill" in document, "start" in document) != (recipe.prune.zeroes, not recipe.prune.rewinds):
+            raise ValueError("its starts are not those of its recipe's mask-1 and mask-0 actions")
     except (ValueError, RecipeError) as error:
         raise damaged(path, error) from error
     except (TypeError, KeyError, AttributeError) as error:
@@ -197,6 +223,7 @@ def describe(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], R
 def _ticket(document: dict[str, Any], recipe: Recipe, payloads: dict[str, NDArray[Any]]) -> Ticket:
     """The ticket without its rewind values."""
     rewind, masks, seed = document["rewind"], document["pruned_at"], document.get("theta0_seed")
+    fill = document.get("fill", {})
     numbers = [document[key] for key in ("all_weights", "metrics_bytes", "rewind_iteration")]
     if "theta0_seed" in document:
         numbers.append(document["theta0_seed"]["init_version"])
@@ -204,10 +231,13 @@ def _ticket(document: dict[str, Any], recipe: Recipe, payloads: dict[str, NDArra
             raise ValueError("a seed cannot stand for the weights of a later iteration")
     if any(type(n) is not int or n < 0 for n in numbers) or type(document["resolved"]) is not dict:
         raise ValueError("a count is not a whole number")
-    expected = {f"pruned_at/{n}" for n in masks} | (set() if seed else {f"rewind/{n}" for n in rewind})
+    expected = {f"pruned_at/{n}" for n in masks} | {f"fill/{n}" for n in fill}
+    expected |= set() if seed else {f"rewind/{n}" for n in rewind}
     if expected != payloads.keys() or any(a.dtype != np.uint8 for a in payloads.values()):
         raise ValueError("it does not hold the tensors it describes")
-    for name, info in masks.items():
+    if fill.keys() != (masks.keys() if recipe.prune.zeroes else set()):
+        raise ValueError("its fill is not of the weights that may be pruned")
+    for name, info in [*masks.items(), *fill.items()]:
         if name not in rewind or info["dtype"] != "U8" or info["shape"] != rewind[name]["shape"]:
             raise ValueError(f"the mask of {name!r} does not fit its weights")
     return Ticket(
@@ -216,6 +246,7 @@ def _ticket(document: dict[str, Any], recipe: Recipe, payloads: dict[str, NDArra
         rewind={},
         rewind_iteration=document["rewind_iteration"],
         pruned_at=_decode(payloads, "pruned_at", masks),
+        fill=_decode(payloads, "fill", fill),
         all_weights=document["all_weights"],
         rounds=tuple(document["rounds"]),
         metrics_bytes=document["metrics_bytes"],

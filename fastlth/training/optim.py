@@ -3,6 +3,7 @@
 A pruned weight is 0 when a round starts, its gradient is set to 0 before the update, and the optimizer
 state starts at 0, so the update of any of these optimizers, weight decay included, leaves it at +0.0.
 State tensors are made once and zeroed at each rewind: they keep their addresses through all rounds.
+Weights frozen at another value are put back after the update, since weight decay would move them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class MaskedOptimizer:
         device = next(iter(self.parameters.values())).device
         self.lr = torch.tensor(train.lr, dtype=torch.float32, device=device)
         self._optimizer, slots = _make(list(self.parameters.values()), train, self.lr)
+        self.fill: dict[str, Tensor] = {}
+        """name -> the values its pruned weights keep, where they may be other than 0"""
         self.state: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             own = {slot: torch.zeros_like(p, memory_format=torch.preserve_format) for slot in slots}
@@ -45,6 +48,8 @@ class MaskedOptimizer:
             assert gradient is not None, f"{name} took no part in the loss"
             gradient.masked_fill_(mask, 0.0)
         self._optimizer.step()
+        for name, fill in self.fill.items():
+            torch.where(pruned[name], fill, self.parameters[name], out=self.parameters[name])
         for p in self.parameters.values():
             p.grad = None
 

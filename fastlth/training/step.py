@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastlth.data.augment import AUGMENT
 from fastlth.data.loader import Batch
 from fastlth.data.normalise import normalise
+from fastlth.models.dropout import Dropout
 from fastlth.training.optim import MaskedOptimizer
 
 
@@ -29,6 +30,9 @@ class Step:
     ) -> None:  # fmt: skip
         self.optimizer, self.pruned = optimizer, pruned
         augmentation, device_type = AUGMENT[augment], table.device.type
+        self._dropouts = [m for m in model.modules() if isinstance(m, Dropout)]
+        for dropout in self._dropouts:
+            dropout.keyed = True
 
         def loss_and_hits(images: Tensor, labels: Tensor, epoch: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
             x = normalise(augmentation(images, epoch, position, augment_key), table, torch.float32)
@@ -48,6 +52,8 @@ class Step:
         device = batch.images.device
         epoch = torch.full((), batch.epoch, dtype=torch.int64, device=device)
         position = torch.full((), batch.position, dtype=torch.int64, device=device)
+        for dropout in self._dropouts:
+            dropout.place.copy_(torch.stack((epoch, position)))
         loss, hits = self._loss_and_hits(batch.images, batch.labels, epoch, position)
         # backward() and not autograd.grad(): it lays gradients out like their weights, which a compiled graph does
         # not, and the fused optimizers walk through memory without looking at strides.

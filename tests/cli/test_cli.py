@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import fastlth
 from fastlth.cli.main import app
@@ -72,7 +73,9 @@ def test_find_ticket_end_to_end(run, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"recipe.toml", "search.ticket", "metrics.jsonl", "lock"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(x["event"], x["round"], x.get("iteration")) for x in lines] == [
-        (e, k, i) for k in range(3) for e, i in (("evaluation", 10), ("evaluation", 20), ("round", None))
+        (e, k, i)
+        for k in range(3)
+        for e, i in (("evaluation", 10), ("evaluation", 20), ("round", None), *[("layer", None)] * 3)
     ]
 
     again, out2, _ = run(*command)  # a finished run prints its result and trains nothing
@@ -83,7 +86,15 @@ def test_find_ticket_end_to_end(run, tmp_path):
     assert code == 0 and inspected["rounds"] == 3
     assert inspected["densities"] == [r["density"] for r in document["rounds"]]
     assert [sum(layer["kept"][k] for layer in inspected["layers"]) for k in range(3)] == [50_200, 40_260, 32_298]
-    assert set(inspected["bytes"]) == {"masks", "theta0", "file"}
+    assert set(inspected["bytes"]) == {"masks", "theta0", "fill", "file"}
+    layers = {(x["round"], x["layer"]): x for x in lines if x["event"] == "layer"}
+    for k, options in ((2, []), (1, ["--round", 1])):  # the figures of metrics.jsonl, found again in the ticket
+        units = json.loads(run("ticket", "inspect", document["ticket"], *options, "--json")[1])["units"]
+        assert units["round"] == k and len(units["layers"]) == 3
+        for x in units["layers"]:
+            assert {n: layers[k, x["name"]][n] for n in x if n != "name"} == {n: v for n, v in x.items() if n != "name"}
+    code, _, err = run("ticket", "inspect", document["ticket"], "--round", 1)
+    assert code == 0 and "round 1" in err and "kept on paths" in err
     assert run("ticket", "verify", document["ticket"])[0] == 0
 
     code, out4, _ = run("runs", "--json")
@@ -111,6 +122,12 @@ def test_replicates_report_means(run):
     assert [r["seed"] for r in document["replicates"]] == [5, 6]
     a, b = (r["rounds"][1]["test_accuracy"] for r in document["replicates"])
     assert document["rounds"][1]["test_accuracy"] == pytest.approx((a + b) / 2)
+    assert [x["round"] for x in document["mask_overlap"]] == [0, 1, 2]
+    masks = [fastlth.load_ticket(document["ticket"].replace("/r5/", f"/r{seed}/")).mask(2) for seed in (5, 6)]
+    both, either = (sum(int(op(a, masks[1][n]).sum()) for n, a in masks[0].items())
+                    for op in (torch.logical_and, torch.logical_or))  # fmt: skip
+    assert document["mask_overlap"][2]["jaccard"] == pytest.approx(both / either)
+    assert "masks of the replicates" in err
     code, out, _ = run("find-ticket", "lenet-300-100", "digits", *SHORT, "--seed", 6, "--json")
     assert json.loads(out)["rounds"] == document["replicates"][1]["rounds"]
 
@@ -140,6 +157,14 @@ def test_theta0_as_a_seed_changes_the_file_and_nothing_else(run):
     assert len(json.loads(out)["rounds"]) == 4
 
 
+def test_one_shot_is_one_round_at_the_density_asked_for(run):
+    no_rounds = [*SHORT[:4], *SHORT[6:]]
+    code, out, err = run("find-ticket", "lenet-300-100", "digits", *no_rounds, "--one-shot", "0.1", "--json")
+    assert code == 0, err
+    rounds = json.loads(out)["rounds"]
+    assert [r["kept"] for r in rounds] == [50_200, 5_020]
+
+
 DIVERGES = ["--set", "train.optimizer=sgd", "--lr", "1e30", *SHORT]
 
 BAD = {
@@ -157,6 +182,18 @@ BAD = {
     "model too big 2": (2, ["find-ticket", "lenet-5", "digits", "-i", "9", "-b", "9", "-l", "1"], "at least 12x12"),
     "unequal global rates": (2, ["find-ticket", "conv-2", "cifar-10", "--scope", "global"], "prune.scale"),
     "two lengths": (2, ["find-ticket", "vgg19", "cifar-10", "-i", "5", "-e", "5"], "give one"),
+    "one shot and rounds": (2, ["find-ticket", "vgg19", "cifar-10", "--one-shot", "0.1", "--rounds", "3"], "--rounds"),
+    "one shot and a rate": (2, ["find-ticket", "vgg19", "cifar-10", "--one-shot", "0.1", "--rate", "0.3"], "--rate"),
+    "one shot too sparse": (2, ["find-ticket", "vgg19", "cifar-10", "--one-shot", "0.0001"], "at least 0.00025"),
+    "one shot by sign": (2, ["find-ticket", "lenet-300-100", "digits", "--one-shot", "0.1",
+                             "--criterion", "large_final_same_sign_single"], "decides itself"),
+    "dropout 1": (2, ["find-ticket", "lenet-300-100", "digits", "--dropout", "1"], "[0, 1)"),
+    "momentum of adam": (2, ["find-ticket", "lenet-300-100", "digits", "--momentum", "0.9"], "optimizer adam"),
+    "unknown branch": (2, ["branch", "nowhere", "reinit"], "random-reinit"),
+    "branch of nothing": (4, ["branch", "nowhere", "random-reinit"], "nowhere"),
+    "prune-at-init by what": (
+        2, ["prune-at-init", "lenet-300-100", "digits", "--method", "snap", "--density", "0.1"], "did you mean 'snip'",
+    ),
     "two data folders": (2, ["find-ticket", "vgg19", "cifar-10", "a", "--data-dir", "b"], "give one"),
     "no such device": (2, ["find-ticket", "lenet-300-100", "digits", "--device", "cuda:7"], "cpu"),
     "not a device": (2, ["find-ticket", "lenet-300-100", "digits", "--device", "gpu"], "cuda"),

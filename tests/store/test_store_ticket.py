@@ -191,6 +191,92 @@ def test_a_seed_cannot_stand_for_a_later_iteration(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+# starts that are more than theta_k times the mask
+
+
+def zeroing(mask_0: str = "freeze_init_zero_mask", **prune: Any) -> Recipe:
+    return recipe(prune={"mask_0": mask_0, **prune})
+
+
+def half_zero(ticket: Ticket) -> dict[str, NDArray[np.uint8]]:
+    """Every other pruned weight became zero when it was pruned."""
+    return {n: np.where(np.arange(at.size).reshape(at.shape) % 2, at, 0).astype(np.uint8)
+            for n, at in ticket.pruned_at.items()}  # fmt: skip
+
+
+def test_a_ticket_with_actions_comes_back(tmp_path: Path) -> None:
+    path, plain = tmp_path / "t", a_ticket()
+    for mask_0 in ("freeze_init_zero_mask", "freeze_init_zero_all"):
+        ticket = replace(plain, recipe=zeroing(mask_0), fill=half_zero(plain))
+        save(path, ticket)
+        back = load(path)
+        assert_tickets(back, ticket)
+        assert_arrays(back.fill, ticket.fill)
+        assert_arrays(second_reader().read(path)[1]["fill"], ticket.fill)
+        assert verify(path) == [] and summary(path).bytes["fill"] > 0
+        _, strings = container.read(path)
+        assert strict_json.loads(strings["ticket"])["start"] == {"version": 1}
+    save(path, replace(plain, recipe=recipe(prune={"mask_1": "signed_constant"})))
+    assert load(path).fill == {} and verify(path) == [] and summary(path).bytes["fill"] == 0
+
+
+def test_the_members_of_ordinary_tickets_are_what_they_were(tmp_path: Path) -> None:
+    save(tmp_path / "t", a_ticket())
+    _, strings = container.read(tmp_path / "t")
+    assert set(strict_json.loads(strings["ticket"])) == {
+        "all_weights", "metrics_bytes", "pruned_at", "recipe", "resolved", "rewind", "rewind_iteration", "rounds",
+    }  # fmt: skip
+
+
+def test_fill_and_recipe_must_agree_when_saving(tmp_path: Path) -> None:
+    ticket = a_ticket()
+    for wrong in (replace(ticket, fill=half_zero(ticket)), replace(ticket, recipe=zeroing())):
+        with pytest.raises(ValueError, match=r"a ticket with mask-0 action .* has .* fill"):
+            save(tmp_path / "t", wrong)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"fill": "absent"}, {"fill": {}}, {"fill": []}, {"start": "absent"}, {"start": {}}, {"start": {"version": True}},
+     {"start": {"version": 0}}, {"start": None}, {"recipe": recipe().to_dict()}],
+    ids=str,
+)  # fmt: skip
+def test_forged_starts_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path, plain = tmp_path / "t", a_ticket()
+    save(path, replace(plain, recipe=zeroing(), fill=half_zero(plain)))
+    rewrite(path)
+    load(path)
+    rewrite(path, **change)
+    with pytest.raises(TicketError, match="is damaged or not a fastlth file"):
+        load(path)
+
+
+def test_starts_of_another_version_are_not_guessed(tmp_path: Path) -> None:
+    save(tmp_path / "t", a_ticket(recipe=recipe(prune={"mask_1": "random_reinit"})))
+    rewrite(tmp_path / "t", start={"version": 2})
+    with pytest.raises(TicketError, match="has starts of version 2, this fastlth makes those of version 1; use the"):
+        load(tmp_path / "t")
+
+
+def test_verify_knows_when_weights_may_become_zero(tmp_path: Path) -> None:
+    path, plain = tmp_path / "t", a_ticket(3)
+    at = plain.pruned_at["fc1.weight"]
+    alive, second = tuple(np.argwhere(at == 0)[0]), tuple(np.argwhere(at == 2)[0])
+    for mask_0, place, value, said in (
+        ("freeze_init_zero_mask", alive, 2, ["became zero that were not being pruned"]),
+        ("freeze_init_zero_all", alive, 2, []),
+        ("freeze_init_zero_all", second, 1, []),
+        ("freeze_init_zero_all", second, 3, ["became zero after they were pruned"]),
+        ("freeze_init_zero_all", alive, 4, ["are zero from round 4 on, which has not begun"]),
+        ("freeze_init_zero_rev", second, 1, ["became zero that were not being pruned"]),
+    ):
+        fill = half_zero(plain)
+        fill["fc1.weight"][place] = value
+        save(path, replace(plain, recipe=zeroing(mask_0), fill=fill))
+        problems = verify(path)
+        assert len(problems) == len(said) and all(s in p for s, p in zip(said, problems, strict=True)), (mask_0, value)
+
+
 # damage
 
 
@@ -297,8 +383,8 @@ def test_files_of_another_kind_or_a_newer_schema_say_so(tmp_path: Path) -> None:
     with pytest.raises(TicketError, match="has schema '2', this fastlth reads '1'; update fastlth"):
         load(path)
     save(path, a_ticket())
-    rewrite(path, fill={})
-    with pytest.raises(TicketError, match="uses 'fill', which this fastlth does not know; update fastlth"):
+    rewrite(path, theta0={})
+    with pytest.raises(TicketError, match="uses 'theta0', which this fastlth does not know; update fastlth"):
         summary(path)
 
 
@@ -338,9 +424,10 @@ def second_reader() -> Any:
 def test_the_documented_reader_agrees(seed: dict[str, int] | None, tmp_path: Path) -> None:
     path, ticket = tmp_path / "t", a_ticket(5, scale=300, theta0_seed=seed)
     save(path, ticket)
-    document, rewind, pruned_at = second_reader().read(path)
-    assert_arrays(rewind, ticket.rewind if seed is None else {})
-    assert_arrays(pruned_at, ticket.pruned_at)
+    document, arrays = second_reader().read(path)
+    assert_arrays(arrays["rewind"], ticket.rewind if seed is None else {})
+    assert_arrays(arrays["pruned_at"], ticket.pruned_at)
+    assert arrays["fill"] == {}
     assert document["rounds"] == list(ticket.rounds)
     printed = subprocess.run([sys.executable, ROOT / "docs" / "read_ticket.py", path],
                              capture_output=True, text=True, check=True).stdout  # fmt: skip

@@ -37,10 +37,15 @@ class Engine(Protocol):
         """How each layer with weights runs: "dense", or "kept" where only its kept weights are touched."""
 
     def rewind(self, start: Tensors) -> None:
-        """Copy theta_k in place (parameters and buffers), mask it, and forget the optimizer's state."""
+        """Copy a round's start in place (parameters and buffers) and forget the optimizer's state.
+
+        Pruned weights become +0.0 whatever ``start`` says, and stay there. Only where ``recipe.prune.fills`` do they
+        get, and stay bit for bit at, what ``start`` holds for them; an engine that cannot do this is not made for
+        such a recipe.
+        """
 
     def set_masks(self, masks: Tensors) -> None:
-        """Copy masks in place and put pruned weights to zero."""
+        """Copy masks in place and put pruned weights to zero (where ``recipe.prune.fills``: at the next rewind)."""
 
     def run(self, first: int, last: int) -> Chunk:
         """Make the steps first <= i < last. Where a chunk ends changes no bit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlth import masks as mask_tools
 from fastlth.data.loader import Loader
@@ -28,11 +28,12 @@ class DenseEngine:
 
     name = "dense"
 
-    def __init__(self, recipe: Recipe, loader: Loader, splits: dict[str, Images]) -> None:
+    def __init__(self, recipe: Recipe, loader: Loader, splits: dict[str, Images], net: nn.Module | None = None) -> None:
+        """``net`` is another one to train than the recipe's, unpruned."""
         compute = recipe.compute
         self._device = torch.device(compute.device)
         self._recipe, self._loader = recipe, loader
-        self.model = build(recipe).to(self._device).train()
+        self.model = (build(recipe) if net is None else net).to(self._device).train()
         if compute.channels_last == "on":
             self.model.to(memory_format=torch.channels_last)
         if compute.kernels == "triton":
@@ -41,12 +42,14 @@ class DenseEngine:
             self.model = swap_(self.model)
         parameters = dict(self.model.named_parameters())
         self.weight_names = weight_names(self.model)
-        self.prunable = list(layer_rates(self.weight_names, recipe.prune))
+        self.prunable = list(layer_rates(self.weight_names, recipe.prune)) if net is None else []
         self._pruned = {
             n: torch.zeros_like(parameters[n], dtype=torch.bool, memory_format=torch.preserve_format)
             for n in self.prunable
         }
         self._optimizer = MaskedOptimizer(parameters, recipe.train)
+        if recipe.prune.fills:
+            self._optimizer.fill = {n: parameters[n].detach().clone() for n in self.prunable}
         self._table = table(recipe.data.name, recipe.data.normalise).to(self._device)
         self._step = Step(
             self.model, self._optimizer, self._pruned, self._table,
@@ -94,6 +97,8 @@ class DenseEngine:
     def rewind(self, start: Tensors) -> None:
         for name, tensor in self.weights().items():
             tensor.copy_(start[name])
+        for name, fill in self._optimizer.fill.items():
+            fill.copy_(start[name])
         self._zero_pruned()
         self._optimizer.reset()
         self._filled.zero_()
@@ -108,6 +113,8 @@ class DenseEngine:
         self._zero_pruned()
 
     def _zero_pruned(self) -> None:
+        if self._recipe.prune.fills:
+            return
         for name, pruned in self._pruned.items():
             self._optimizer.parameters[name].masked_fill_(pruned, 0.0)
 

@@ -22,23 +22,34 @@ from fastlth.training.engines.sparse import SparseEngine
 
 def make_engine(recipe: Recipe, source: Source) -> Engine:
     """The engine of a recipe whose compute section holds no ``auto``."""
-    compute, train = recipe.compute, recipe.train
+    splits = make_splits(recipe, source)
+    if recipe.compute.engine == "sparse":
+        return SparseEngine(recipe, make_order(recipe, len(splits["train"].labels)), splits)
+    return DenseEngine(recipe, make_loader(recipe, source), splits)
+
+
+def make_order(recipe: Recipe, images: int) -> Order:
+    """The order in which the recipe sees ``images`` training images."""
+    return Order(images, recipe.train.batch_size, recipe.train.drop_last, recipe.seeds.key("order"))
+
+
+def make_loader(recipe: Recipe, source: Source) -> Loader:
+    """The batches that the recipe trains on."""
+    kept, _ = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
+    order, device = make_order(recipe, len(kept)), torch.device(recipe.compute.device)
+    if recipe.compute.loader == "ffcv":
+        return FfcvLoader(source.train, kept, order, device, beton_folder())
+    return ResidentLoader(source.train, kept, order, device)
+
+
+def make_splits(recipe: Recipe, source: Source) -> dict[str, Images]:
+    """The images of "train", "validation" (held out of the training images) and "test"."""
     kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
-    order = Order(len(kept), train.batch_size, train.drop_last, recipe.seeds.key("order"))
-    splits = {
+    return {
         "train": _subset(source.train, kept),
         "validation": _subset(source.train, held_out),
         "test": source.test,
     }
-    if compute.engine == "sparse":
-        return SparseEngine(recipe, order, splits)
-    device = torch.device(compute.device)
-    loader: Loader
-    if compute.loader == "ffcv":
-        loader = FfcvLoader(source.train, kept, order, device, beton_folder())
-    else:
-        loader = ResidentLoader(source.train, kept, order, device)
-    return DenseEngine(recipe, loader, splits)
 
 
 def beton_folder() -> Path:

@@ -44,6 +44,8 @@ def unsupported(recipe: Recipe) -> str | None:
     channels = table(recipe.data.name, recipe.data.normalise).shape[0]
     if _linear(net)[0].in_features // channels % PIXELS:
         return f"images of {_linear(net)[0].in_features} pixels do not divide by {PIXELS}"
+    if recipe.prune.fills:
+        return f"mask-0 action {recipe.prune.mask_0} keeps pruned weights at other values than 0"
     compute = recipe.compute
     for setting, value, good in (
         ("precision", compute.precision, ("auto", "fp32")), ("compile", compute.compile, ("auto", "off")),

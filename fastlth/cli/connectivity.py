@@ -1,0 +1,66 @@
+"""``fastlth connectivity RUN``: linear mode connectivity, the instability analysis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastlth.cli.options import DataDir, Json
+from fastlth.errors import RecipeError
+
+EXAMPLE = "Example: fastlth connectivity runs/lenet-300-100-mnist-c43be567/r0 --rounds 0,7"
+
+Opt = typer.Option
+
+
+def connectivity(
+    run: Annotated[Path, typer.Argument(help="A run folder (r<seed>) with a search.ticket.")],
+    rounds: Annotated[str, Opt(help="Whose nets: numbers such as 0,7, or all.")] = "all",
+    at_iteration: Annotated[int | None, Opt(help="k: the copies part there (default: the rewind point)")] = None,
+    from_init: Annotated[str, Opt(help="same, or different: two initialisations, the negative control.")] = "same",
+    seeds: Annotated[str, Opt(help="Seeds of the copies' data order and augmentation.")] = "1,2",
+    points: Annotated[int, Opt(help="Points on the line, the ends included.")] = 30,
+    batch_norm: Annotated[str, Opt(help="Running statistics on the line: interpolate or recompute.")] = "interpolate",
+    train_images: Annotated[int | None, Opt(help="Training images to measure on (default: all).")] = None,
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Train two copies on different data orders and walk the straight line between them.
+
+    Instability is the highest error on the line minus the mean of its ends; below 2 % a net is called stable. Files
+    go to RUN/connectivity, and the same command goes on where it stopped.
+    """
+    if from_init not in ("same", "different"):
+        raise RecipeError(f"--from-init must be same or different, got '{from_init}'")
+    first, second = _two(seeds)
+    which = None if rounds == "all" else _numbers("--rounds", rounds, "0,7, or all")
+
+    from fastlth.cli.show import console, json_document, teller
+    from fastlth.experiments.connectivity import Plan
+    from fastlth.experiments.connectivity import connectivity as compare
+    from fastlth.ui import StopGuard, TrialLines
+
+    plan = Plan(rounds=which, at_iteration=at_iteration, different_init=from_init == "different",
+                seeds=(first, second), points=points, batch_norm=batch_norm, train_images=train_images)  # fmt: skip
+    screen = console()
+    with StopGuard() as guard:
+        document = compare(run, plan, data_dir=data_dir, stopped=guard, show=teller(screen, TrialLines(screen)))
+    screen.print(f"in {document['run']}/connectivity", highlight=False, soft_wrap=True)
+    if json:
+        json_document(document)
+
+
+def _two(text: str) -> tuple[int, int]:
+    numbers = _numbers("--seeds", text, "1,2")
+    if len(numbers) != 2:
+        raise RecipeError(f"--seeds takes two numbers such as 1,2, got '{text}'")
+    return numbers[0], numbers[1]
+
+
+def _numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise RecipeError(f"{flag} takes numbers such as {example}, got '{text}'") from None

@@ -1,0 +1,81 @@
+"""``fastlth supermask MODEL DATASET``: masks that make an untrained net good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastlth.cli.options import DataDir, Json, Out, given, length
+from fastlth.composition import compose, parse_setting
+
+EXAMPLE = "Example: fastlth supermask lenet-300-100 mnist --method learned --rescale --signed-constant"
+
+Opt = typer.Option
+
+
+def supermask(
+    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
+    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
+    method: Annotated[str, Opt(help="one-shot, learned or edge-popup")] = "one-shot",
+    criterion: Annotated[str, Opt(help="one-shot: how weights are ranked.")] = "large_final_same_sign",
+    powers: Annotated[int, Opt(help="one-shot: prune 0 to this many times at once.")] = 24,
+    signed_constant: Annotated[bool, Opt("--signed-constant", help="Weights become sign(w) * std(layer).")] = False,
+    rescale: Annotated[bool, Opt("--rescale", help="Make up for the weights that are masked.")] = False,
+    sigmoid_bias: Annotated[float, Opt(help="learned: first scores; 0 keeps half of the weights.")] = 0.0,
+    rounded: Annotated[bool, Opt("--rounded", help="learned: round probabilities instead of drawing.")] = False,
+    samples: Annotated[int, Opt(help="learned: masks drawn for the final accuracy.")] = 10,
+    keep: Annotated[float, Opt(help="edge-popup: share of each layer that is kept.")] = 0.5,
+    preset: Annotated[str | None, Opt(help="paper, lecode or fast (default: paper where it covers the pair)")] = None,
+    seed: Annotated[int | None, Opt(help="Seed of everything random (default: 0)")] = None,
+    iterations: Annotated[int | None, Opt("--iterations", "-i", help="Training steps.")] = None,
+    epochs: Annotated[float | None, Opt("--epochs", "-e", help="The same in passes over the data.")] = None,
+    batch_size: Annotated[int | None, Opt("--batch-size", "-b", help="Images per step.")] = None,
+    lr: Annotated[float | None, Opt("--lr", "-l", help="Learning rate.")] = None,
+    device: Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps")] = None,
+    set_: Annotated[list[str] | None, Opt("--set", metavar="SECTION.KEY=VALUE", help="Any other setting.")] = None,
+    out: Out = Path("runs"),
+    data_dir: DataDir = None,
+    json: Json = False,
+) -> None:
+    """Find masks under which a net with untrained weights classifies well.
+
+    The same command goes on where it stopped.
+    """
+    from fastlth.experiments.supermasks.plan import Plan, settings
+
+    plan = Plan(method=method, criterion=criterion, powers=powers, signed_constant=signed_constant, rescale=rescale,
+                sigmoid_bias=sigmoid_bias, rounded=rounded, samples=samples, keep=keep)  # fmt: skip
+    asked = {**settings(method, model), **dict(parse_setting(text) for text in set_ or [])} | given({
+        "train.iterations": length(iterations, epochs), "train.batch_size": batch_size, "train.lr": lr,
+        "seeds.base": seed, "compute.device": device,
+    })  # fmt: skip
+    recipe = compose(model, dataset, preset=preset, settings=asked).recipe
+
+    from fastlth.cli.show import console, json_document, teller
+    from fastlth.experiments.supermasks.run import supermask as find
+    from fastlth.ui import StopGuard, TrialLines
+
+    screen = console()
+    with StopGuard() as guard:
+        document = find(recipe, plan, out=out, data_dir=data_dir, stopped=guard,
+                        show=teller(screen, TrialLines(screen)))  # fmt: skip
+    for sentence in _sentences(document):
+        screen.print(sentence, highlight=False, soft_wrap=True)
+    if json:
+        json_document(document)
+
+
+def _sentences(document: dict[str, Any]) -> list[str]:
+    if document["method"] != "one-shot":
+        many = len(document["test_accuracies"])
+        means = f", the mean of {many} masks" if many > 1 else ""
+        return [f"test accuracy {document['test_accuracy']:.2%}{means}; density {document['density']:.2%}; "
+                f"in {document['folder']}"]  # fmt: skip
+    lines = []
+    for which, words in (("init", "initial weights"), ("signed_constant", "signed constants")):
+        b = document["best"][which]
+        lines.append(f"{words}: test accuracy {b['test_accuracy']:.2%} at density {b['density']:.2%} (best on "
+                     f"validation images), {b['highest_test_accuracy']:.2%} at most")  # fmt: skip
+    return [*lines, f"in {document['folder']}"]

@@ -1,0 +1,45 @@
+"""What every ``auto`` becomes in an experiment: decided once, kept in the experiment's recipe.toml."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastlth import toml
+from fastlth.errors import DeviceError
+from fastlth.recipe import ComputeSection, Recipe
+from fastlth.store import atomic
+from fastlth.store.run import RECIPE, read_recipe
+from fastlth.training.engines.base import Engine
+from fastlth.training.resolve import device, resolve
+
+
+def settled(
+    recipe: Recipe, folder: Path, make: Callable[[Recipe], Engine], known: Mapping[str, Any] | None = None
+) -> Recipe:
+    """``recipe`` without ``auto``: as FOLDER/recipe.toml says, else as ``known`` does (the ``resolved`` of a ticket),
+    else resolved now with the engines that ``make`` builds, and written down. A device that is gone is chosen anew.
+
+    Raises TicketError for a damaged recipe.toml, OutputError, DeviceError, RecipeError.
+    """
+    file = folder / RECIPE
+    before = read_recipe(file)[1] if file.exists() else dict(known or {})
+    names = [f.name for f in dataclasses.fields(ComputeSection)]
+    if all(n in before for n in names) and _there(str(before["device"])):
+        resolved = before
+    else:
+        resolved = resolve(recipe, make).to_dict()
+    if not file.exists() or resolved is not before:
+        atomic.make_folders(folder)
+        atomic.write(file, toml.dumps({**recipe.to_dict(), "resolved": resolved}).encode())
+    return dataclasses.replace(recipe, compute=ComputeSection(**{n: resolved[n] for n in names}))
+
+
+def _there(name: str) -> bool:
+    try:
+        device(name)
+    except DeviceError:
+        return False
+    return True

@@ -1,0 +1,98 @@
+"""Scores for pruning before training: SNIP, GraSP, SynFlow, magnitude. High scores stay.
+
+All are computed in float64 on a copy of the net, dropout off; a layer that may not be pruned takes part in the
+forward pass and has no score.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from fastlth_kernels.philox import Key
+from torch import Tensor, nn
+
+from fastlth.masks import Masks
+from fastlth.pruning.budget import Budget
+from fastlth.pruning.select import remove_lowest
+
+Scores = dict[str, Tensor]
+
+GRASP_TEMPERATURE = 200.0  # the authors' program divides the logits by it; their paper does not name it
+SYNFLOW_STEPS = 100
+
+
+def magnitude(model: nn.Module, names: Iterable[str]) -> Scores:
+    """|w| of the initial weights (Frankle et al. 2021, "Pruning Neural Networks at Initialization")."""
+    parameters = dict(model.named_parameters())
+    return {n: parameters[n].detach().abs() for n in names}
+
+
+def snip(model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor) -> Scores:
+    """|w dL/dw|, how much the loss reacts to removing a weight (Lee et al. 2019, equation 6).
+
+    images: normalised floats [N, C, H, W]; labels: int64 [N].
+    """
+    net, weights = _double(model, names)
+    loss = F.cross_entropy(net(images.double()), labels)
+    slopes = torch.autograd.grad(loss, list(weights.values()))
+    return {n: (w * g).abs().detach() for (n, w), g in zip(weights.items(), slopes, strict=True)}
+
+
+def grasp(
+    model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor, temperature: float = GRASP_TEMPERATURE
+) -> Scores:
+    """w (H g): weights go whose removal hurts the flow of gradients least (Wang et al. 2020, equation 8).
+
+    The paper's score is -w (H g), and its highest go. H and g are of the loss with logits / ``temperature``.
+    """
+    net, weights = _double(model, names)
+    loss = F.cross_entropy(net(images.double()) / temperature, labels)
+    slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    product = sum(((g.detach() * g).sum() for g in slopes), start=torch.zeros((), dtype=torch.float64))
+    curved = torch.autograd.grad(product, list(weights.values()))
+    return {n: (w * h).detach() for (n, w), h in zip(weights.items(), curved, strict=True)}
+
+
+def synflow(
+    model: nn.Module, budget: Budget, shape: tuple[int, ...], *, numbers: Mapping[str, int], key: Key,
+    steps: int = SYNFLOW_STEPS,
+) -> Masks:  # fmt: skip
+    """Masks that keep what ``budget`` says, in ``steps`` prunings (Tanaka et al. 2020, algorithm 1).
+
+    The score is |w dR/dw| (equation 4), R the sum of the outputs for an image of ones with the absolute values of all
+    parameters; batch norm uses its running statistics, so that R is that of a linear net. Of n weights, after step i
+    n (kept / n)^(i / steps) are left, and scores are taken anew each time. ``shape`` is an image's.
+    """
+    names = [n for group, _ in budget for n in group]
+    net, weights = _double(model, names)
+    net.eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.abs_()
+    masks = {n: torch.ones_like(weights[n], dtype=torch.bool) for n in names}
+    for step in range(1, steps + 1):
+        total = net(torch.ones((1, *shape), dtype=torch.float64)).sum()
+        slopes = torch.autograd.grad(total, list(weights.values()))
+        scores = {n: (w * g).detach() for (n, w), g in zip(weights.items(), slopes, strict=True)}
+        for group, kept in budget:
+            size = sum(weights[n].numel() for n in group)
+            left = kept if step == steps else max(kept, round(size * (kept / size) ** (step / steps)))
+            gone = sum(int(masks[n].sum()) for n in group) - left
+            masks |= remove_lowest(scores, masks, group, gone, numbers=numbers, round=step, key=key)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                weights[name].masked_fill_(~mask, 0.0)
+    return masks
+
+
+def _double(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A float64 copy in training mode but without dropout, and its weights ``names``."""
+    net = copy.deepcopy(model).double().train()
+    for module in net.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) and not list(module.children()):
+            module.eval()
+    parameters = dict(net.named_parameters())
+    return net, {n: parameters[n] for n in names}

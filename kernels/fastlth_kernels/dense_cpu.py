@@ -75,15 +75,17 @@ def backward(memory: Any, layer: Any, low: int, high: int, x: int, d: int, below
 
 
 @compiled
-def transpose(memory: Any, low: int, high: int, x: int, pitch: int, xt: int, xt_pitch: int) -> None:
-    """Columns low .. high (multiples of 16) of xt from these rows of x, all ``pitch`` images."""
-    for row in range(low, high, GROUP):
+def transpose(memory: Any, rows: int, x: int, pitch: int, xt: int, xt_pitch: int) -> None:
+    """xt [pitch, xt_pitch] from ``rows`` rows of x, rounded up to a multiple of 16."""
+    for row in range(0, rows, GROUP):
         for image in range(0, pitch, GROUP):
             transpose16(memory, x + row * pitch + image, pitch, xt + image * xt_pitch + row, xt_pitch)
 
 
 @compiled
-def descend(memory: Any, masks: Any, layer: Any, part: Any, d: int, pitch: int, images: int, rule: Any) -> None:
+def descend(
+    memory: Any, masks: Any, layer: Any, part: Any, xt: int, d: int, pitch: int, images: int, rule: Any
+) -> None:
     """Gradient and update of a part's weights, over ``images`` images; pruned ones stay as they are.
 
     Gradients live for six rows at part.g: they never leave the L1 cache.
@@ -91,7 +93,7 @@ def descend(memory: Any, masks: Any, layer: Any, part: Any, d: int, pitch: int, 
     for column in range(0, layer.pitch, LANES):  # outside, so that its part of xt stays in the L1 cache
         for low in range(part.low, part.high, TILE):
             rows = min(TILE, part.high - low)
-            product(memory, d + low * pitch, pitch, 1, layer.xt + column, layer.pitch, images, part.g, LANES, rows)
+            product(memory, d + low * pitch, pitch, 1, xt + column, layer.pitch, images, part.g, LANES, rows)
             for row in range(rows):
                 i = (low + row) * layer.pitch + column
                 g = where(at(masks, layer.mask + i // LANES), load(memory, part.g + row * LANES))

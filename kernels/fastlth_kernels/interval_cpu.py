@@ -2,10 +2,12 @@
 
 Every thread runs the same steps on its own rows and meets the others at a barrier where it needs theirs:
 
-    pixels -> x | forward, layer by layer | loss | backward, layer by layer | gradient and update, next pixels
-            wait           wait each                   wait each but the first
+    forward, layer by layer | loss | backward, layer by layer | gradient and update, next pixels
+            wait each                     wait each but the first          wait
 
-The top layer has few rows: every thread computes it for itself instead of waiting.
+What one thread writes and another reads costs more than arithmetic (about 10 ns per cache line), so every thread
+turns all the pixels for itself, computes the top layer, which has few rows, for itself, and gets the gradients of
+the rows that it owns.
 """
 
 from __future__ import annotations
@@ -72,24 +74,24 @@ class Images(NamedTuple):
 
 
 @compiled
-def _assemble(net: Net, data: Images, thread: int, begin: int, images: int, low: int, high: int, x: int) -> None:
-    """Features 16 low .. 16 high of ``images`` images from ``begin``, at x; missing ones repeat the last."""
+def _assemble(net: Net, data: Images, thread: int, begin: int, images: int, x: int) -> None:
+    """The features of ``images`` images from ``begin``, at x; missing images repeat the last."""
     pitch, features, mine = net.plan[0].pitch, net.layers[0].inputs, thread * net.plan[0].pitch
     for i in range(pitch):
         net.places[mine + i] = data.chosen[begin + min(i, images - 1)] * features
-    for block in range(low, high):
+    for block in range(len(net.scales)):
         for lane in range(0, pitch, LANES):
             store_pixels(net.memory, x + block * GROUP * pitch + lane, pitch, data.pixels, block * GROUP,
                          net.places, mine + lane, net.scales[block], net.shifts[block])  # fmt: skip
 
 
 @compiled
-def _fetch(net: Net, data: Images, begin: int, end: int, low: int, high: int) -> None:
-    """Have the memory bring features low .. high of the next batch while this one is computed."""
+def _fetch(net: Net, data: Images, begin: int, end: int) -> None:
+    """Have the memory bring the next batch's pixels while this one is computed."""
+    features = net.layers[0].inputs
     for i in range(begin, end):
-        start = data.chosen[i] * net.layers[0].inputs
-        for feature in range(low, high, LANES):
-            prefetch(data.pixels, start + feature)
+        for feature in range(0, features, LANES):
+            prefetch(data.pixels, data.chosen[i] * features + feature)
 
 
 @compiled
@@ -173,39 +175,28 @@ def interval(
     before = flush_denormals(FLUSH)
     memory, layers, plan = net.memory, net.layers, net.plan[0]
     threads, pitch, top, shared = plan.threads, plan.pitch, len(layers) - 1, plan.shared
-    own, classes, blocks = plan.private + thread * plan.block, layers[top].outputs, len(net.scales)
-    low, high = blocks * thread // threads, blocks * (thread + 1) // threads
-    met = 0
-    _assemble(net, data, thread, bounds[0], bounds[1] - bounds[0], low, high, shared + layers[0].x)
+    own, classes, met = plan.private + thread * plan.block, layers[top].outputs, 0
+    z = own + plan.z
+    _assemble(net, data, thread, bounds[0], bounds[1] - bounds[0], own + layers[0].x)
     for s in range(len(rates)):
         begin, images = bounds[s], bounds[s + 1] - bounds[s]
-        x = shared + layers[0].x if s % 2 == 0 else plan.second_x
         met += threads
         wait(net.counter, met)
         if s + 1 < len(rates):
-            _fetch(net, data, bounds[s + 1], bounds[s + 2], low * GROUP, high * GROUP)
+            _fetch(net, data, bounds[s + 1], bounds[s + 2])
         for i in range(top):
-            _forward(net, i, thread, x if i == 0 else shared + layers[i].x, shared + layers[i + 1].x, True)
+            _forward(net, i, thread, _place_of_x(net, i, own), shared + layers[i + 1].x, True)
             met += threads
             wait(net.counter, met)
-        z = own + plan.z
         for t in range(threads):
-            _forward(net, top, t, x if top == 0 else shared + layers[top].x, z, False)
+            _forward(net, top, t, _place_of_x(net, top, own), z, False)
         loss, hit = _scores(memory, data, begin, images, z, classes, pitch)
         if thread == 0:
             losses[s], hits[s] = loss / images, hit
         _residual(memory, data, begin, images, z, classes, pitch)
-
-        for i in range(top + 1):
-            if layers[i].dense:
-                groups = (layers[i].inputs + GROUP) // GROUP
-                _transpose(
-                    memory, groups * thread // threads * GROUP, groups * (thread + 1) // threads * GROUP,
-                    x if i == 0 else shared + layers[i].x, pitch, layers[i].xt, layers[i].pitch,
-                )  # fmt: skip
         for i in range(top, 0, -1):
-            mine, part = i == top, net.parts[i, thread]
-            _backward(net, i, 0 if mine else part.back_low, layers[i].inputs if mine else part.back_high,
+            mine, part = i == top, net.parts[i - 1, thread]  # of the layer below, whose gradients these rows are
+            _backward(net, i, 0 if mine else part.low, layers[i].inputs if mine else part.high,
                       shared + layers[i].x, _place_of_d(net, i, own), _place_of_d(net, i - 1, own))  # fmt: skip
             if not mine:
                 met += threads
@@ -216,17 +207,23 @@ def interval(
 
         rule = rule_at(memory, kind, nesterov, numbers, rates[s], step + s + 1)
         for i in range(top + 1):
-            layer, part, d = layers[i], net.parts[i, thread], _place_of_d(net, i, own)
+            layer, part, x, d = layers[i], net.parts[i, thread], _place_of_x(net, i, own), _place_of_d(net, i, own)
             if layer.dense:
-                _descend(memory, net.masks, layer, part, d, pitch, images, rule)
+                _transpose(memory, layer.inputs + 1, x, pitch, own + layer.xt, layer.pitch)
+                _descend(memory, net.masks, layer, part, own + layer.xt, d, pitch, images, rule)
             else:
-                _gradient(memory, net.indices, layer, part, x if i == 0 else shared + layers[i].x, d, pitch)
+                _gradient(memory, net.indices, layer, part, x, d, pitch)
                 update(memory, layer.w + part.begin, layer.m + part.begin, layer.v + part.begin, layer.g + part.begin,
                        part.end - part.begin, rule)  # fmt: skip
         if s + 1 < len(rates):
-            _assemble(net, data, thread, bounds[s + 1], bounds[s + 2] - bounds[s + 1], low, high,
-                      plan.second_x if s % 2 == 0 else shared + layers[0].x)  # fmt: skip
+            _assemble(net, data, thread, bounds[s + 1], bounds[s + 2] - bounds[s + 1], own + layers[0].x)
     flush_denormals(before)
+
+
+@compiled
+def _place_of_x(net: Net, i: int, own: int) -> Any:
+    """Where the inputs of layer i lie: of the pixels every thread has its own copy."""
+    return (own if i == 0 else net.plan[0].shared) + net.layers[i].x
 
 
 @compiled
@@ -247,7 +244,7 @@ def scores(thread: int, net: Net, data: Images, results: Any) -> None:
     loss, hits = 0.0, 0
     for begin in range(thread * pitch, len(data.chosen), plan.threads * pitch):
         images = min(pitch, len(data.chosen) - begin)
-        _assemble(net, data, thread, begin, images, 0, len(net.scales), own + net.layers[0].x)
+        _assemble(net, data, thread, begin, images, own + net.layers[0].x)
         for i in range(top + 1):
             y = own + (plan.z if i == top else net.layers[i + 1].x)
             for t in range(plan.threads):

@@ -27,9 +27,9 @@ LAYER = np.dtype([(name, np.int64) for name in (
     "columns", "panels", "back_starts", "back_rows", "back_entries",
 )])  # fmt: skip
 PART = np.dtype([(name, np.int64) for name in (
-    "low", "high", "back_low", "back_high", "g", "starts", "begin", "used", "end",
+    "low", "high", "g", "starts", "begin", "used", "end",
 )])  # fmt: skip
-PLAN = np.dtype([(name, np.int64) for name in ("threads", "pitch", "shared", "private", "block", "z", "second_x")])
+PLAN = np.dtype([(name, np.int64) for name in ("threads", "pitch", "shared", "private", "block", "z")])
 
 PANEL = 192
 """columns whose 64 images fit the L1 cache"""
@@ -112,15 +112,14 @@ class MaskedMlp:
         layer["pitch"] = pitch
         for name in ("w", "m", "v"):
             layer[name] = self._floats.take(outputs * pitch)
-        layer["xt"] = self._floats.take(self.pitch * pitch)
         padded = np.zeros((outputs, pitch), bool)
         padded[:, : inputs + 1] = kept
         for part in parts:
             part["g"] = self._floats.take(TILE * LANES)
         layer["mask"] = sum(len(bits) for bits in self._bits)
         self._bits.append(np.packbits(padded, bitorder="little").view("<i8").astype(np.int64))
-        rows, back = _cut_evenly(outputs, self.threads, TILE), _cut_evenly(inputs, self.threads, TILE)
-        parts["low"], parts["high"], parts["back_low"], parts["back_high"] = rows[:-1], rows[1:], back[:-1], back[1:]
+        cuts = _cut_evenly(outputs, self.threads, TILE)
+        parts["low"], parts["high"] = cuts[:-1], cuts[1:]
         row, column = np.nonzero(kept)
         return row * pitch + column, row * (inputs + 1) + column
 
@@ -163,8 +162,6 @@ class MaskedMlp:
         counts = np.bincount(column, minlength=inputs + 1)
         layer["back_starts"] = self._take_indices(np.concatenate([[0], np.cumsum(counts)]))
         layer["back_rows"], layer["back_entries"] = self._take_indices(row[back]), self._take_indices(entry[back])
-        back_cuts = _cut_by_weight(counts[:inputs] + 1, self.threads)
-        parts["back_low"], parts["back_high"] = back_cuts[:-1], back_cuts[1:]
         return entry, row * (inputs + 1) + column
 
     def _activations(self, layers: Array, plan: Array) -> None:
@@ -172,20 +169,21 @@ class MaskedMlp:
         block = _Arena()
         for layer in layers:
             layer["x"] = block.take(_up(int(layer["inputs"]) + 1, GROUP) * self.pitch)
+            if layer["dense"]:
+                layer["xt"] = block.take(self.pitch * int(layer["pitch"]))
         plan["z"] = block.take((int(layers[-1]["outputs"]) + 1) * self.pitch)
         for layer in layers[:-1]:
             layer["d"] = block.take(int(layer["outputs"]) * self.pitch)
         plan["threads"], plan["pitch"], plan["block"] = self.threads, self.pitch, block.size
         plan["shared"] = self._floats.take(block.size)
         plan["private"] = self._floats.take(block.size * self.threads)
-        plan["second_x"] = self._floats.take(_up(int(layers[0]["inputs"]) + 1, GROUP) * self.pitch)
 
     def _write_ones(self) -> None:
         net, plan = self.net, self.net.plan[0]
         blocks = [plan.shared, *(plan.private + t * plan.block for t in range(self.threads))]
-        places = [(block + layer.x, layer.inputs) for block in blocks for layer in net.layers]
-        for place, inputs in [*places, (plan.second_x, net.layers[0].inputs)]:
-            net.memory[place + inputs * self.pitch :][: self.pitch] = 1
+        for block in blocks:
+            for layer in net.layers:
+                net.memory[block + layer.x + layer.inputs * self.pitch :][: self.pitch] = 1
 
     def _take_indices(self, values: Array) -> int:
         place = self._ints.take(len(values))

@@ -6,14 +6,14 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help setup ffcv demo test science endurance bench-check check lint types imports wheel clean
+.PHONY: help setup ffcv demo test science nightly endurance bench-check check lint types imports wheel clean
 
 help:
 	@echo "make demo         find tickets for LeNet-300-100 on the digits that come with scikit-learn"
 	@echo "make test         run the test suite"
 	@echo "make check        lint, types and import order"
 	@echo "make setup        make .venv/ with everything installed; make ffcv tries FFCV again"
-	@echo "make science | endurance | bench-check      the long tests; the speed regression check"
+	@echo "make science | nightly | endurance | bench-check      the long tests; the speed regression check"
 	@echo "make wheel | clean"
 
 setup: .venv/.ready
@@ -64,7 +64,10 @@ test: setup
 	$(BIN)/python -m pytest -q $(ARGS)
 
 science: setup
-	$(BIN)/python -m pytest -q -m science $(ARGS)
+	$(BIN)/python -m pytest -q -s -m science $(ARGS)
+
+nightly: setup
+	$(BIN)/python -m pytest -q -s -m nightly $(ARGS)
 
 endurance: setup
 	$(BIN)/python -m pytest -q -m endurance $(ARGS)

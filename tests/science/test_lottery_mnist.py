@@ -1,0 +1,121 @@
+"""LeNet-300-100 on MNIST: winning tickets, and what they must be compared with (Frankle & Carbin 2019).
+
+The short lottery trains 3,000 iterations a round, so that all of it takes minutes; the dense net and, with
+``-m nightly``, the whole lottery have the paper's 50,000.
+"""
+
+from __future__ import annotations
+
+import os
+from statistics import fmean
+
+import pytest
+
+from fastlth import running
+from fastlth.composition import compose
+from fastlth.experiments.branch import branch
+from fastlth.experiments.control import Control
+
+pytestmark = pytest.mark.skipif(not os.environ.get("FASTLTH_DATA"), reason="no real MNIST")
+SEEDS = (0, 1, 2)
+EARLY = "early_stop_test_accuracy"
+
+
+def search(out, preset, rounds, seeds):
+    """Paths and rounds of a search per seed."""
+    settings = {"prune.rounds": rounds, "compute.device": "cpu"}
+    recipe = compose("lenet-300-100", "mnist", preset=preset, settings=settings).recipe
+    return {r.seed: r for r in running.run(recipe, out=out, replicates=seeds).replicates}
+
+
+def control(path, rounds, **options):
+    """Round -> mean over the trials of a branch."""
+    return {r["round"]: r for r in branch(path, Control(**options), rounds=rounds).rounds}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("short"), "fast", 9, len(SEEDS))
+
+
+@pytest.mark.science
+@pytest.mark.parametrize("seed", SEEDS)
+def test_short_lottery(short, seed):
+    """On every seed the ticket beats the dense net, the same net drawn afresh, and a random one of its size."""
+    run = short[seed]
+    dense, seven, nine = (run.rounds[k][EARLY] for k in (0, 7, 9))
+    reinit = control(run.path, [7, 9], kind="random-reinit")
+    sparse = control(run.path, [9], kind="random-prune", reinit=True)[9][EARLY]
+    print(f"seed {seed}: dense {dense:.2%}; round 7 {seven:.2%}, reinit {reinit[7][EARLY]:.2%}; "
+          f"round 9 {nine:.2%}, reinit {reinit[9][EARLY]:.2%}, random sparse {sparse:.2%}")  # fmt: skip
+    assert seven >= dense + 0.002
+    assert seven >= reinit[7][EARLY] + 0.002
+    assert nine >= reinit[9][EARLY] + 0.004
+    assert nine >= sparse + 0.006
+
+
+@pytest.mark.science
+def test_the_dense_net_of_the_paper(tmp_path):
+    (dense,) = search(tmp_path, "paper", 0, 1)[0].rounds
+    print({k: dense[k] for k in ("test_accuracy", EARLY, "early_stop_iteration", "train_accuracy", "seconds")})
+    assert 0.976 <= dense["test_accuracy"] <= 0.985
+    assert 0.972 <= dense[EARLY] <= 0.983
+    assert 2_000 <= dense["early_stop_iteration"] <= 8_000
+    assert dense["train_accuracy"] >= 0.996
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("paper"), "paper", 20, len(SEEDS))
+
+
+def mean(runs, round, field):
+    return fmean(run.rounds[round][field] for run in runs.values())
+
+
+@pytest.mark.nightly
+def test_tickets_learn_sooner_and_reach_more(paper):
+    stop, accuracy = "early_stop_iteration", "test_accuracy"
+    for k in (0, 7, 9):
+        print(f"round {k}: stop {mean(paper, k, stop):,.0f}, there {mean(paper, k, EARLY):.2%}, "
+              f"at the end {mean(paper, k, accuracy):.2%}")  # fmt: skip
+    assert mean(paper, 7, stop) <= 0.85 * mean(paper, 0, stop)
+    for k in (7, 9):
+        assert mean(paper, k, accuracy) >= mean(paper, 0, accuracy) + 0.001
+        assert mean(paper, k, EARLY) >= mean(paper, 0, EARLY) + 0.002
+
+
+@pytest.mark.nightly
+def test_reinitialised_tickets_learn_later_and_reach_less(paper):
+    reinit = [control(run.path, [7], kind="random-reinit")[7] for run in paper.values()]
+    stop, there = fmean(r["early_stop_iteration"] for r in reinit), fmean(r[EARLY] for r in reinit)
+    loss = fmean(r["early_stop_validation_loss"] for r in reinit)
+    print(f"reinit of round 7: stop {stop:,.0f}, there {there:.2%}, loss {loss:.4f}; "
+          f"ticket {mean(paper, 7, 'early_stop_validation_loss'):.4f}")  # fmt: skip
+    assert stop >= 1.3 * mean(paper, 7, "early_stop_iteration")
+    assert mean(paper, 7, EARLY) >= there + 0.002
+    assert mean(paper, 7, "early_stop_validation_loss") <= loss - 0.008
+
+
+@pytest.mark.nightly
+def test_too_much_pruning_hurts(paper):
+    for k in (15, 20):
+        print(f"round {k}: {mean(paper, k, EARLY) - mean(paper, 0, EARLY):+.2%} against dense")
+    assert abs(mean(paper, 15, EARLY) - mean(paper, 0, EARLY)) <= 0.004
+    assert mean(paper, 20, EARLY) <= mean(paper, 0, EARLY) - 0.003
+
+
+@pytest.mark.nightly
+def test_one_shot_tickets_are_between(paper):
+    run = paper[0]
+    density = run.rounds[10]["density"]  # 10.8 %
+    (once,) = branch(run.path, Control(kind="one-shot", density=density)).rounds
+    (drawn,) = branch(run.path, Control(kind="one-shot", density=density, reinit=True)).rounds
+    wide = [branch(run.path, Control(kind="one-shot", density=d)).rounds[0][EARLY] for d in (0.6, 0.4, 0.2)]
+    print(
+        f"at {density:.2%}: iterative {run.rounds[10][EARLY]:.2%}, one-shot {once[EARLY]:.2%}, "
+        f"its reinit {drawn[EARLY]:.2%}; dense {run.rounds[0][EARLY]:.2%}; one-shot at 60, 40, 20 % {wide}"
+    )
+    assert run.rounds[10][EARLY] >= once[EARLY]
+    assert min(run.rounds[10][EARLY], once[EARLY]) >= drawn[EARLY] + 0.003
+    assert max(wide) > run.rounds[0][EARLY]

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from numba import njit
+from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-HERE = Path(__file__).parent
+
+def sources(folder: Path = Path(__file__).parent) -> str:
+    """sha256 (hex) over all source files of this package."""
+    found = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()
+
+
+SOURCES = sources()
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's cache looks at the file in which a function stands, not at the files whose functions it calls."""
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (*super()._index_key(sig, codegen), SOURCES)
 
 
 def compiled(function: F) -> F:
-    """``function``, compiled when first called: 3 seconds once per machine, 0.2 from the cache after that.
+    """``function``, compiled when first called: ten seconds once per machine for a net's interval, a tenth of one
+    from the cache after that.
 
     Sums may be reassociated and multiplications contracted; NaN and infinity keep their meaning.
     """
-    result: F = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(
-        function
-    )
-    return result
-
-
-def drop_stale(folder: Path = HERE) -> None:
-    """Remove compiled code that is older than any source file here.
-
-    numba looks only at the file in which a function stands, not at the files whose functions it calls.
-    """
-    newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
-    for index in (folder / "__pycache__").glob("*.nbi"):
-        if index.stat().st_mtime < newest:
-            index.unlink(missing_ok=True)
-
-
-drop_stale()
+    result = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(function)
+    result._cache = _Cache(function)
+    typed: F = result
+    return typed

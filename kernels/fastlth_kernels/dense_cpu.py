@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from .compiled import compiled
-from .simd import GROUP, HAS_AVX512, LANES, at, fma, gate, larger, load, splat, store, transpose16, where
+from .shuffles import GROUP, transpose16
+from .simd import HAS_AVX512, LANES, at, fma, gate, larger, load, splat, store, where
 from .update_cpu import update64
 
 TILE = 6 if HAS_AVX512 else 1

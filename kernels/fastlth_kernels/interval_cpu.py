@@ -17,19 +17,8 @@ from typing import Any, NamedTuple
 
 from . import dense_cpu, sparse_cpu
 from .compiled import compiled
-from .simd import (
-    GROUP,
-    LANES,
-    exp,
-    first,
-    larger,
-    load,
-    prefetch,
-    reciprocal,
-    splat,
-    store,
-    store_pixels,
-)
+from .shuffles import GROUP, store_pixels
+from .simd import LANES, exp, first, larger, load, prefetch, reciprocal, splat, store
 from .threads import FLUSH, flush_denormals, wait
 from .update_cpu import rule_at, update
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from .dense_cpu import TILE
 from .interval_cpu import Images as Images
 from .interval_cpu import Net, interval, scores
-from .simd import GROUP, LANES
+from .shuffles import GROUP
+from .simd import LANES
 from .update_cpu import KINDS
 
 Array = NDArray[Any]

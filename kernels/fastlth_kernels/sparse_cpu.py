@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from .compiled import compiled
-from .simd import LANES, at, fma, gate, larger, load, splat, store, store_dots
+from .shuffles import store_dots
+from .simd import LANES, at, fma, gate, larger, load, splat, store
 
 
 @compiled

@@ -66,7 +66,7 @@ def test_find_ticket_end_to_end(run, tmp_path):
     assert document["recipe_digest"].startswith(document["run"].rsplit("-", 1)[1].split("/")[0])
     fields = {"round", "density", "kept", "early_stop_iteration", "early_stop_test_accuracy", "test_accuracy",
               "seconds", "images_per_second", "engine", "early_stop_validation_loss",
-              "early_stop_validation_accuracy", "train_accuracy"}  # fmt: skip
+              "early_stop_validation_accuracy", "train_accuracy", "layers"}  # fmt: skip
     assert all(set(r) == fields for r in document["rounds"])
     assert "round  density" in err and document["ticket"] in err.replace("\n", "")
     folder = tmp_path / document["run"]

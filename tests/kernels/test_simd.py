@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fastlth_kernels import simd
+from fastlth_kernels import shuffles, simd
 from fastlth_kernels.threads import FLUSH, flush_denormals
 from numba import njit
 
@@ -90,11 +90,11 @@ def test_functions(dtype, digits):
 def dots(memory, indices, count, add):
     d = simd.load(memory, 0)
     if count == 16:
-        simd.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 16, add)
+        shuffles.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 16, add)
     elif count == 8:
-        simd.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 8, add)
+        shuffles.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 8, add)
     else:
-        simd.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 4, add)
+        shuffles.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 4, add)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -116,8 +116,8 @@ def test_dots(count, add, dtype):
 @njit
 def turn(memory, pixels, places):
     real = memory.dtype.type
-    simd.store_pixels(memory, 0, 64, pixels, 1, places, 2, real(0.5), real(-3))
-    simd.transpose16(memory, 1024, 16, 1280, 32)
+    shuffles.store_pixels(memory, 0, 64, pixels, 1, places, 2, real(0.5), real(-3))
+    shuffles.transpose16(memory, 1024, 16, 1280, 32)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

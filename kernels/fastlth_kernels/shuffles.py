@@ -1,0 +1,158 @@
+"""Words of the vector vocabulary that move numbers between lanes: many sums at once, transposes, pixels.
+
+A sum over the lanes of one vector takes six dependent steps; of sixteen vectors together it takes one each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from .simd import I8, I32, I64, LANES, address_of, called, constant, element_of, joined, shuffled, splatted
+
+GROUP = 16
+"""numbers in one register, and what is summed or turned at a time"""
+
+
+def _tree(rows: list[Any], b: Any) -> tuple[Any, list[int]]:
+    """Sums of ``len(rows)`` vectors of 16, as one vector, and which row's sum each lane holds.
+
+    Two vectors become one in each step, half of either's lanes added to the other half: for 16 rows 15 additions
+    instead of 64. With ``b`` None only the second is computed.
+    """
+    order = [[i] * GROUP for i in range(len(rows))]
+    block = GROUP // 2
+    while block:
+        lanes = [s + t + base for s in range(0, GROUP, 2 * block) for base in (0, GROUP) for t in range(block)]
+        half = max(len(order) // 2, 1)
+        pairs = [(i, i + half if len(order) > 1 else i) for i in range(half)]
+        if b is not None:
+            other = [lane + block for lane in lanes]
+            rows = [
+                b.fadd(shuffled(b, rows[i], rows[j], lanes), shuffled(b, rows[i], rows[j], other)) for i, j in pairs
+            ]
+        order = [[(order[i] + order[j])[lane] for lane in lanes] for i, j in pairs]
+        block //= 2
+    return rows[0], order[0]
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def store_dots(
+    typing: Any, memory: Any, out: Any, d: Any, x: Any, pitch: Any, indices: Any, k: Any, count: Any, add: Any
+) -> Any:
+    """memory[out + i] = dot(d, row indices[k + i] of x) for i < count, a literal 4, 8 or 16; plus what is there
+    where ``add`` is True. Row r of x is the `Lanes` at x + r * pitch."""
+    size = count.literal_value
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        _, out, d, x, pitch, _, k, _, add = args
+        lanes = _tree([None] * size, None)[1]
+        parts: list[Any] = [None] * size
+        data = context.make_array(sig.args[5])(context, b, args[5]).data
+        for entry in range(size):
+            column = b.zext(b.load(b.gep(data, [b.add(k, ir.Constant(I64, entry))])), I64)
+            place = b.add(x, b.mul(column, pitch))
+            row = b.load(address_of(context, b, sig.args[0], args[0], place, d.type), align=64)
+            parts[entry] = _folded(b, d, row)
+        dots, _ = _tree(parts, b)
+        dots = shuffled(b, dots, dots, [lanes.index(entry) for entry in range(size)])
+        there = address_of(context, b, sig.args[0], args[0], out, dots.type)
+        old = b.select(add, b.load(there, align=4), constant(dots.type, 0.0))
+        b.store(b.fadd(dots, old), there, align=4)
+        return context.get_dummy_value()
+
+    args = (memory, types.int64, d, types.int64, types.int64, indices, types.int64, count, types.boolean)
+    return types.void(*args), build
+
+
+def _folded(b: Any, x: Any, y: Any) -> Any:
+    """x * y, summed from 64 lanes to 16."""
+    part = [(shuffled(b, v, v, list(range(i, i + GROUP)))) for i in range(0, LANES, GROUP) for v in (x, y)]
+    folded = b.fmul(part[0], part[1])
+    for u, v in zip(part[2::2], part[3::2], strict=True):
+        folded = called(b, "fma", u, v, folded)
+    return folded
+
+
+# ---- transposes
+
+
+def _butterfly(b: Any, rows: list[Any]) -> list[Any]:
+    """The transpose of 16 vectors of 16, in four stages."""
+    n = GROUP // 2
+    while n:
+        low = [t if not t & n else GROUP + t - n for t in range(GROUP)]
+        high = [t + n if not t & n else GROUP + t for t in range(GROUP)]
+        new = list(rows)
+        for i in range(GROUP):
+            if not i & n:
+                new[i], new[i + n] = shuffled(b, rows[i], rows[i + n], low), shuffled(b, rows[i], rows[i + n], high)
+        rows, n = new, n // 2
+    return rows
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_pixels(
+    typing: Any,
+    memory: Any,
+    out: Any,
+    pitch: Any,
+    pixels: Any,
+    skip: Any,
+    places: Any,
+    first: Any,
+    scale: Any,
+    shift: Any,
+) -> Any:
+    """16 pixels of 64 images, turned: the Lanes at out + f * pitch are pixel f of every image, times scale plus
+    shift. Image i's 16 pixels begin at pixels[skip + places[first + i]]."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        memory, out, pitch, pixels, skip, places, first, scale, shift = args
+        bytes16 = ir.VectorType(I8, GROUP)
+        starts = context.make_array(sig.args[5])(context, b, places).data
+        quads = []  # row i: pixel f of images 4i .. 4i+3 is its f-th 32-bit word
+        for i in range(0, LANES, 4):
+            four = []
+            for j in range(4):
+                start = b.add(skip, b.load(b.gep(starts, [b.add(first, ir.Constant(I64, i + j))])))
+                four.append(b.load(address_of(context, b, sig.args[3], pixels, start, bytes16), align=1))
+            mixed = joined(b, four)
+            mixed = shuffled(b, mixed, mixed, [GROUP * (t % 4) + t // 4 for t in range(LANES)])
+            quads.append(b.bitcast(mixed, ir.VectorType(I32, GROUP)))
+        real = element_of(sig.args[0].dtype)
+        a, c = splatted(b, scale, GROUP), splatted(b, shift, GROUP)
+        for f, row in enumerate(_butterfly(b, quads)):
+            images = b.bitcast(row, ir.VectorType(I8, LANES))
+            for q in range(0, LANES, GROUP):  # by 16, since longer conversions spill registers
+                part = b.uitofp(shuffled(b, images, images, list(range(q, q + GROUP))), ir.VectorType(real, GROUP))
+                place = b.add(b.add(out, b.mul(pitch, ir.Constant(I64, f))), ir.Constant(I64, q))
+                there = address_of(context, b, sig.args[0], memory, place, part.type)
+                b.store(called(b, "fma", part, a, c), there, align=64)
+        return context.get_dummy_value()
+
+    i64, real = types.int64, memory.dtype
+    return types.void(memory, i64, i64, pixels, i64, places, i64, real, real), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def transpose16(typing: Any, memory: Any, source: Any, source_pitch: Any, target: Any, target_pitch: Any) -> Any:
+    """memory[target + j * target_pitch + i] = memory[source + i * source_pitch + j] for i, j < 16."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        memory, source, source_pitch, target, target_pitch = args
+        kind = ir.VectorType(element_of(sig.args[0].dtype), GROUP)
+
+        def place(start: Any, pitch: Any, i: int) -> Any:
+            return address_of(context, b, sig.args[0], memory, b.add(start, b.mul(pitch, ir.Constant(I64, i))), kind)
+
+        rows = [b.load(place(source, source_pitch, i), align=64) for i in range(GROUP)]
+        for i, row in enumerate(_butterfly(b, rows)):
+            b.store(row, place(target, target_pitch, i), align=64)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(memory, i64, i64, i64, i64), build

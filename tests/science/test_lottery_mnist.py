@@ -17,15 +17,14 @@ from fastlth.experiments.branch import branch
 from fastlth.experiments.control import Control
 
 pytestmark = pytest.mark.skipif(not os.environ.get("FASTLTH_DATA"), reason="no real MNIST")
-SEEDS = (0, 1, 2)
 EARLY = "early_stop_test_accuracy"
 
 
 def search(out, preset, rounds, seeds):
-    """Paths and rounds of a search per seed."""
-    settings = {"prune.rounds": rounds, "compute.device": "cpu"}
+    """Seed -> its search: path and rounds."""
+    settings = {"prune.rounds": rounds, "compute.device": "cpu", "seeds.base": seeds[0]}
     recipe = compose("lenet-300-100", "mnist", preset=preset, settings=settings).recipe
-    return {r.seed: r for r in running.run(recipe, out=out, replicates=seeds).replicates}
+    return {r.seed: r for r in running.run(recipe, out=out, replicates=len(seeds)).replicates}
 
 
 def control(path, rounds, **options):
@@ -33,20 +32,12 @@ def control(path, rounds, **options):
     return {r["round"]: r for r in branch(path, Control(**options), rounds=rounds).rounds}
 
 
-@pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    return search(tmp_path_factory.mktemp("short"), "fast", 9, len(SEEDS))
-
-
-@pytest.mark.science
-@pytest.mark.parametrize("seed", SEEDS)
-def test_short_lottery(short, seed):
-    """On every seed the ticket beats the dense net, the same net drawn afresh, and a random one of its size."""
-    run = short[seed]
+def short_lottery(run):
+    """The ticket beats the dense net, the same net drawn afresh, and a random one of its size."""
     dense, seven, nine = (run.rounds[k][EARLY] for k in (0, 7, 9))
     reinit = control(run.path, [7, 9], kind="random-reinit")
     sparse = control(run.path, [9], kind="random-prune", reinit=True)[9][EARLY]
-    print(f"seed {seed}: dense {dense:.2%}; round 7 {seven:.2%}, reinit {reinit[7][EARLY]:.2%}; "
+    print(f"seed {run.seed}: dense {dense:.2%}; round 7 {seven:.2%}, reinit {reinit[7][EARLY]:.2%}; "
           f"round 9 {nine:.2%}, reinit {reinit[9][EARLY]:.2%}, random sparse {sparse:.2%}")  # fmt: skip
     assert seven >= dense + 0.002
     assert seven >= reinit[7][EARLY] + 0.002
@@ -55,8 +46,19 @@ def test_short_lottery(short, seed):
 
 
 @pytest.mark.science
+def test_short_lottery_of_one_seed(tmp_path):
+    short_lottery(search(tmp_path, "fast", 9, [0])[0])
+
+
+@pytest.mark.science
+def test_short_lottery_of_more_seeds(tmp_path):
+    for run in search(tmp_path, "fast", 9, [1, 2]).values():
+        short_lottery(run)
+
+
+@pytest.mark.science
 def test_the_dense_net_of_the_paper(tmp_path):
-    (dense,) = search(tmp_path, "paper", 0, 1)[0].rounds
+    (dense,) = search(tmp_path, "paper", 0, [0])[0].rounds
     print({k: dense[k] for k in ("test_accuracy", EARLY, "early_stop_iteration", "train_accuracy", "seconds")})
     assert 0.976 <= dense["test_accuracy"] <= 0.985
     assert 0.972 <= dense[EARLY] <= 0.983
@@ -66,7 +68,7 @@ def test_the_dense_net_of_the_paper(tmp_path):
 
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory):
-    return search(tmp_path_factory.mktemp("paper"), "paper", 20, len(SEEDS))
+    return search(tmp_path_factory.mktemp("paper"), "paper", 20, [0, 1, 2])
 
 
 def mean(runs, round, field):

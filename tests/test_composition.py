@@ -191,7 +191,7 @@ def test_flags_win_over_set_and_config(tmp_path, monkeypatch):
         seen.append(recipe)
         raise RecipeError("enough")
 
-    monkeypatch.setattr("fastlth.running.run", run)
+    monkeypatch.setattr("fastlth.experiments.rewind_points.run", run)
     path = config(tmp_path, "[train]\nlr = 0.5\nbatch_size = 50\neps = 1e-4\n")
     arguments = ["find-ticket", "lenet-300-100", "mnist", "--config", str(path), "--out", str(tmp_path / "runs")]
     CliRunner().invoke(app, [*arguments, "--set", "train.lr=0.25", "--set", "train.batch_size=25", "--lr", "0.125"])

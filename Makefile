@@ -6,14 +6,15 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: help setup ffcv demo test science nightly endurance bench-check check lint types imports wheel clean
+.PHONY: help setup ffcv demo test science nightly endurance bench-check kernel-budgets check lint types imports wheel clean
 
 help:
 	@echo "make demo         find tickets for LeNet-300-100 on the digits that come with scikit-learn"
 	@echo "make test         run the test suite"
 	@echo "make check        lint, types and import order"
 	@echo "make setup        make .venv/ with everything installed; make ffcv tries FFCV again"
-	@echo "make science | nightly | endurance | bench-check      the long tests; the speed regression check"
+	@echo "make science | nightly | endurance      the long tests"
+	@echo "make bench-check | kernel-budgets       the speed regression check; what the compiler makes of the kernels"
 	@echo "make wheel | clean"
 
 setup: .venv/.ready
@@ -74,6 +75,9 @@ endurance: setup
 
 bench-check: setup
 	$(BIN)/fastlth bench --check
+
+kernel-budgets: setup
+	$(BIN)/python -m benchmarks.aot
 
 check: lint types imports
 

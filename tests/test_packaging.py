@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 import venv
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -117,3 +121,53 @@ def test_constraints_pin_what_setup_installs() -> None:
     assert _names(declared) <= set(exact)
     outside = [r for r in map(Requirement, declared) if not r.specifier.contains(exact[canonicalize_name(r.name)])]
     assert not outside, "the pinned version lies outside the declared range"
+
+
+def _ci_commands() -> list[list[str]]:
+    """The words of every one-line ``run:`` of the GitHub workflow, and of every ``step`` of .ci/run."""
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    found = re.findall(r"^\s+(?:- )?run: (.+)$", workflow, re.MULTILINE)
+    assert len(found) == len(re.findall(r"\brun:", workflow)) and not any(c.startswith(("|", ">")) for c in found)
+    found += re.findall(r"^step (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    return [shlex.split(part) for line in found for part in line.split("&&")]
+
+
+@pytest.mark.parametrize("command", _ci_commands(), ids=" ".join)
+def test_what_ci_runs_exists(command: list[str]) -> None:
+    """make targets, modules, and sub-commands and options of fastlth."""
+    program, *rest = [word for word in command if not word.startswith((">", "$"))]
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert rest and set(rest) <= set(targets)
+    elif program == "python":
+        assert rest[0] == "-m" and (rest[1] in ("pip", "pytest") or find_spec(rest[1]) is not None)
+    elif Path(program).name == "fastlth":
+        import typer
+
+        from fastlth.cli.main import app
+
+        at: Any = typer.main.get_command(app)
+        for word in rest:
+            if word.startswith("--"):
+                assert word in {o for p in at.params for o in p.opts}, f"{word} is no option of {at.name}"
+            else:
+                at = at.commands[word]
+    else:
+        assert program in ("sudo", "lottery")  # apt-get, and a function of .ci/run itself
+
+
+def test_ci_holds_speed_and_kernels_and_every_supported_version() -> None:
+    commands = [" ".join(c) for c in _ci_commands()]
+    assert any("fastlth bench --check --markdown >> $GITHUB_STEP_SUMMARY" in c for c in commands)
+    assert commands.count("make kernel-budgets") == 2
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^kernel-budgets: setup\n\t\S+python -m benchmarks\.aot$", makefile, re.MULTILINE)
+    assert find_spec("benchmarks.aot") is not None
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    supported = {c.rsplit(" ", 1)[1] for c in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", c)}
+    matrix = re.search(r"^ +python: \[(.*)\]$", workflow, re.MULTILINE)
+    assert matrix is not None and set(re.findall(r"[\d.]+", matrix[1])) == supported
+    [torch] = [Requirement(r) for r in PROJECT["dependencies"] if Requirement(r).name == "torch"]
+    oldest = re.search(r'torch: oldest, pins: "torch==([\d.]+)\.\*', workflow)
+    assert oldest is not None and str(torch.specifier) == f">={oldest[1]}"
+    assert 'torch: newest, pins: "torch torchvision"' in workflow

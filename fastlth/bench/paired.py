@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 Work = Callable[[int], object]
-"""does the thing n times and waits for it"""
+"""does the thing n times; a device may still be at it when it returns"""
 Timed = Callable[[int], float]
 """does the thing n times and says how many seconds that took"""
 
@@ -55,18 +55,21 @@ class Paired:
 
 def paired(
     a: Work, b: Work, *, budget: float, seed: int = 0, block: float = BLOCK_SECONDS, least_calls: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    wait: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter,
 ) -> Paired:  # fmt: skip
     """Compare ``a`` with ``b`` for at most ``budget`` seconds, less if the ratio is precise earlier.
 
     Works so slow that ``MIN_PAIRS`` pairs (18 blocks) take longer get those. A block lasts at least ``block`` seconds
-    and has at least ``least_calls`` calls (on a GPU: 100 launches).
+    and has at least ``least_calls`` calls (on a GPU: 100 launches). ``wait`` returns when the device has done all that
+    it was given; it is called at both ends of a block, and never within one.
     """
 
     def timed(work: Work) -> Timed:
         def seconds(calls: int) -> float:
+            wait()
             began = clock()
             work(calls)
+            wait()
             return clock() - began
 
         return seconds

@@ -7,40 +7,72 @@ from collections.abc import Iterator
 
 import torch
 
-from fastlth.bench.paired import paired
+from fastlth.bench import memory
+from fastlth.bench.paired import Work, paired
 from fastlth.bench.rivals import Eager, normalised
-from fastlth.bench.subject import Ours, Row, masks_of_round, random_source, recipe_for, row
+from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row
 from fastlth.catalogue import DATASETS
+from fastlth.data.sources import Source
+from fastlth.recipe import Recipe
 from fastlth.training.engines.make import make_engine
 from fastlth.training.resolve import resolve
 
 TEST_EVERY = 4  # a search reads the test set at new minima only: about every fourth evaluation
 
 
-def rows(model: str, dataset: str, *, interval: int = 100, seconds: float = 10.0) -> Iterator[Row]:
-    """Ours against eager, both with the paper's evaluations: 5,000 validation and 10,000 test images."""
-    recipe = recipe_for(model, dataset)
-    facts = DATASETS[dataset]
-    source = random_source(dataset, images=13_192)
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, validation=facts.validation))
-    compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
+def rows(
+    model: str, dataset: str, *, interval: int = 100, seconds: float = 10.0, peaks: bool = True
+) -> Iterator[Row]:  # fmt: skip
+    """Ours against eager, both with the paper's evaluations: 5,000 validation and 10,000 test images. With ``peaks``,
+    what each takes of memory."""
+    recipe = with_validation(recipe_for(model, dataset))
+    images = source(recipe)
+    compute = resolve(recipe, lambda candidate: make_engine(candidate, images)).compute
     recipe = dataclasses.replace(recipe, compute=compute)
-    masks, density = masks_of_round(recipe, 0)
-    ours = Ours(recipe, source)
-    ours.prune(masks)
-    eager = Eager(recipe, source.train, masks, precision=compute.precision,
-                  channels_last=compute.channels_last == "on", device=compute.device)  # fmt: skip
-    held_out = normalised(source.train, facts)[: facts.validation].to(compute.device)
-    test = normalised(source.test, facts).to(compute.device)
-    labels = torch.from_numpy(source.train.labels[: facts.validation]).to(compute.device)
-    test_labels = torch.from_numpy(source.test.labels).to(compute.device)
+    ours, eager = (work(recipe, images, path, interval=interval) for path in ("ours", "eager"))
+    result = paired(ours, eager, budget=seconds, **blocks_on(compute.device, interval))
+    one = row("round", recipe, "ours", "eager", masks_of_round(recipe, 0)[1], result,
+              interval * recipe.train.batch_size)  # fmt: skip
+    taken = memory.peak_bytes(recipe, "round", ["ours", "eager"]) if peaks else {}
+    yield {**one, "peak_bytes": taken.get("ours"), "against_peak_bytes": taken.get("eager")}
 
-    def our_intervals(count: int) -> None:
-        for i in range(count):
-            ours.steps(interval)
-            ours.engine.evaluate("validation")
-            if i % TEST_EVERY == 0:
-                ours.engine.evaluate("test")
+
+def with_validation(recipe: Recipe) -> Recipe:
+    """The recipe with as many images held out as the papers hold out."""
+    data = dataclasses.replace(recipe.data, validation=DATASETS[recipe.data.name].validation)
+    return dataclasses.replace(recipe, data=data)
+
+
+def source(recipe: Recipe) -> Source:
+    """Random images: 8,192 to train on beside the 5,000 held out."""
+    return random_source(recipe.data.name, images=13_192)
+
+
+def work(recipe: Recipe, images: Source, path: str, *, interval: int) -> Work:
+    """Intervals of one path, ours or eager: so many steps and their evaluations. Raises ValueError for another."""
+    if path not in ("ours", "eager"):
+        raise ValueError(f"there is no path '{path}'")
+    masks, _ = masks_of_round(recipe, 0)
+    if path == "ours":
+        ours = Ours(recipe, images)
+        ours.prune(masks)
+
+        def our_intervals(count: int) -> None:
+            for i in range(count):
+                ours.steps(interval)
+                ours.engine.evaluate("validation")
+                if i % TEST_EVERY == 0:
+                    ours.engine.evaluate("test")
+
+        return our_intervals
+
+    facts, compute = DATASETS[recipe.data.name], recipe.compute
+    eager = Eager(recipe, images.train, masks, precision=compute.precision,
+                  channels_last=compute.channels_last == "on", device=compute.device)  # fmt: skip
+    held_out = normalised(images.train, facts)[: facts.validation].to(compute.device)
+    test = normalised(images.test, facts).to(compute.device)
+    labels = torch.from_numpy(images.train.labels[: facts.validation]).to(compute.device)
+    test_labels = torch.from_numpy(images.test.labels).to(compute.device)
 
     def their_intervals(count: int) -> None:
         for i in range(count):
@@ -49,5 +81,4 @@ def rows(model: str, dataset: str, *, interval: int = 100, seconds: float = 10.0
             if i % TEST_EVERY == 0:
                 eager.evaluate(test, test_labels)
 
-    result = paired(our_intervals, their_intervals, budget=seconds)
-    yield row("round", recipe, "ours", "eager", density, result, interval * recipe.train.batch_size)
+    return their_intervals

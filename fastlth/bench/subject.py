@@ -75,6 +75,14 @@ def masks_of_round(recipe: Recipe, round: int) -> tuple[dict[str, Tensor], float
     return masks, (sum(kept.values()) + unpruned) / sum(sizes.values())
 
 
+def blocks_on(device: str, steps: int = 1) -> dict[str, Any]:
+    """What ``paired`` is told of a device, for calls of so many training steps. A GPU is given its work ahead, so a
+    block has at least 100 steps, and the clock is read when all of them are done."""
+    if not device.startswith("cuda"):
+        return {}
+    return {"least_calls": -(-100 // steps), "wait": lambda: torch.cuda.synchronize(device)}
+
+
 class Ours:
     """Our engine as work for the timer: ``steps(n)`` trains n steps."""
 

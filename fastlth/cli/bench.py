@@ -26,22 +26,29 @@ def bench(
     context: typer.Context,
     check: Annotated[bool, Opt("--check", help="Compare with benchmarks/expected.toml; exit code 3 if worse.")] = False,
     update: Annotated[bool, Opt("--update", help="With --check: write the counts found now into the file.")] = False,
+    markdown: Annotated[bool, Opt("--markdown", help="With --check: print the table as markdown on stdout.")] = False,
     json: Json = False,
 ) -> None:
     """Without a sub-command: the default set, in under two minutes."""
     if context.invoked_subcommand is not None:
         return
+    from fastlth.errors import RecipeError
+
+    if (update or markdown) and not check:
+        raise RecipeError(f"{'--update' if update else '--markdown'} belongs to --check; add --check")
+    if markdown and json:
+        raise RecipeError("--markdown and --json both print on stdout; choose one")
     if check:
-        _check(update, json)
+        _check(update, markdown, json)
         return
     from fastlth.bench import loaders, rounds, startup, step
 
     _rows(json, [
         step.rows("lenet-300-100", "mnist", [0, 10, 20], seconds=3.0),
-        step.rows("conv-2", "cifar-10", [0], seconds=6.0),
-        rounds.rows("lenet-300-100", "mnist", seconds=8.0),
+        step.rows("conv-2", "cifar-10", [0], seconds=4.0),
+        rounds.rows("lenet-300-100", "mnist", seconds=6.0),
         loaders.rows("lenet-300-100", "mnist", seconds=3.0),
-        startup.rows(seconds=8.0),
+        startup.rows(seconds=6.0),
     ])  # fmt: skip
 
 
@@ -49,20 +56,24 @@ def bench(
 def step(
     model: Model = "lenet-300-100", dataset: Dataset = "mnist",
     rounds: Annotated[str, Opt(help="Densities of which rounds, for example 0,10,20; all: 0 to 20.")] = "all",
-    compiled: Annotated[bool, Opt("--compiled", help="Time torch.compile around the rival's net too.")] = False,
+    compiled: Annotated[bool, Opt(help="Time torch.compile around the rival's net too.")] = True,
     dense: Annotated[bool, Opt("--dense", help="Time our dense engine too, where auto takes another.")] = False,
     plot: Annotated[Path | None, Opt(help="Draw speed and seconds per round against density (.png or .svg).")] = None,
     seconds: Seconds = 3.0, json: Json = False,
 ) -> None:  # fmt: skip
-    """Training steps at each density: ours, good everyday PyTorch, and lecode's way."""
+    """Training steps at each density: ours, good everyday PyTorch, the same compiled, and lecode's way."""
     from fastlth.bench.plot import by_density
-    from fastlth.bench.step import rows
+    from fastlth.bench.step import can_compile, rows
+    from fastlth.cli.show import console
     from fastlth.errors import RecipeError
 
     try:
         which = list(range(21)) if rounds == "all" else [int(k) for k in rounds.split(",")]
     except ValueError:
         raise RecipeError(f"--rounds takes numbers such as 0,10,20, or all; got '{rounds}'") from None
+    if compiled and not can_compile():
+        console().print("torch.compile is left out: no C++ compiler found", highlight=False)
+        compiled = False
     found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled, dense=dense)])
     if plot is not None:
         by_density(found, plot)
@@ -86,6 +97,27 @@ def loader(
     from fastlth.bench.loaders import rows
 
     _rows(json, [rows(model, dataset, seconds=seconds)])
+
+
+@app.command("kernels", epilog="Example: fastlth bench kernels --model vgg19 --gpu h200")
+def kernels(
+    model: Annotated[str, Opt(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")] = "vgg19",
+    dataset: Annotated[str, Opt(help="Whose image shape: mnist, cifar-10 or digits")] = "cifar-10",
+    gpu: Annotated[str, Opt(help="Whose roofline, by its data sheet: h200, h100 or a100.")] = "h200",
+    batch: Annotated[int | None, Opt(min=1, help="Images per step; as the recipe has it if not given.")] = None,
+    precision: Annotated[str, Opt(help="Of activations, bf16 or fp32; weights are fp32.")] = "bf16",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Bytes and operations of every Triton kernel, by arithmetic, and the least time a GPU needs for them."""
+    from fastlth.bench import document
+    from fastlth.bench.kernels import rows
+    from fastlth.cli.show import console, json_document
+
+    result = document(list(rows(model, dataset, gpu, batch=batch, precision=precision)))
+    if json:
+        json_document(result)
+    else:
+        _kernels_table(result["rows"], console())
 
 
 @app.command("startup", epilog="Example: fastlth bench startup")
@@ -177,33 +209,58 @@ def _rows(json: bool, subjects: Iterable[Iterable[dict[str, Any]]]) -> list[dict
     return found
 
 
-def _table(rows: list[dict[str, Any]], screen: Console) -> None:
-    import resource
-
+def _kernels_table(rows: list[dict[str, Any]], screen: Console) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("subject", "what", "density", "images/s", "against", "images/s", "ratio", "95 %", "of peak", "n"):
-        table.add_column(column, justify="left" if column in ("subject", "what", "against") else "right")
+    for column in ("kernel", "of", "calls", "MB", "MFLOP", "FLOP/byte", "at least us", "bound by"):
+        table.add_column(column, justify="left" if column in ("kernel", "of", "bound by") else "right")
+    for r in rows:
+        calls = {"step": str(r["calls"]), "round": "a round", "or": "instead"}[r["per"]]
+        table.add_row(
+            r["path"], r["what"], calls, f"{r['bytes'] / 1e6:,.2f}", f"{r['operations'] / 1e6:,.1f}",
+            f"{r['operations'] / r['bytes']:,.1f}", f"{1e6 * r['seconds_at_roofline']:.2f}", r["bound"],
+        )  # fmt: skip
+    screen.print(table)
+    step = [r for r in rows if r["per"] == "step"]
+    moved, least = (sum(r["calls"] * r[k] for r in step) for k in ("bytes", "seconds_at_roofline"))
+    first = rows[0]
+    screen.print(
+        f"{first['model']}, batch {first['batch']}, {first['precision']}: the masked kernels of a step move "
+        f"{moved / 1e6:,.0f} MB and take at least {1e6 * least:,.0f} us on the {first['against']}. By arithmetic, not "
+        "measured; instead: masked_linear_adam does the work of weight_grad and masked_step. "
+        "Where there is a GPU, python -m benchmarks.gpu kernels --out DIR times them.", highlight=False,
+    )  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]], screen: Console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    left = ("subject", "what", "against")
+    for column in ("subject", "what", "density", "images/s", "MB", "against", "images/s", "MB", "ratio", "95 %",
+                   "of peak", "n"):  # fmt: skip
+        table.add_column(column, justify="left" if column in left else "right")
     for r in rows:
         startup = r["images_per_second"] is None
         ours = f"{r['seconds']:.2f} s" if startup else f"{r['images_per_second']:,.0f}"
         theirs = f"{r['against_seconds']:.2f} s" if startup else f"{r['against_images_per_second']:,.0f}"
         what = " ".join(x for x in (r["model"], r["dataset"], r["path"]) if x)
         ratio = "restless" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        memory, other = (f"{m / 1e6:,.0f}" if (m := r.get(k)) else "" for k in ("peak_bytes", "against_peak_bytes"))
         table.add_row(
-            r["subject"], what, "" if r["density"] is None else f"{r['density']:.2%}", ours, r["against"], theirs,
-            ratio, f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}", f"{r['share']:.1%}" if "share" in r else "",
-            str(r["n"]),
+            r["subject"], what, "" if r["density"] is None else f"{r['density']:.2%}", ours, memory, r["against"],
+            theirs, other, ratio, f"{r['ratio_low']:.2f}-{r['ratio_high']:.2f}",
+            f"{r['share']:.1%}" if "share" in r else "", str(r["n"]),
         )  # fmt: skip
     screen.print(table)
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    screen.print(f"ratio: against the other, above 1 is faster; peak memory {peak_memory:.2f} GB", highlight=False)
+    screen.print("ratio: against the other, above 1 is faster; MB: peak memory of a process that does only this",
+                 highlight=False)  # fmt: skip
     if any(r["ratio"] is None for r in rows):
         screen.print("restless: the same thing timed twice differed by more than a tenth; no ratio is reported")
 
 
-def _check(update: bool, json: bool) -> None:
+def _check(update: bool, markdown: bool, json: bool) -> None:
     from rich.table import Table
 
     from fastlth.bench import check as gate
@@ -218,14 +275,23 @@ def _check(update: bool, json: bool) -> None:
         return
     with screen.status("checking"):
         verdicts = list(gate.check(checkout))
+    header = ("", "gate", "expected", "found", "")
+    lines = [("ok" if v.passed else "FAIL", v.name, _figure(v.expected), _figure(v.found), v.says) for v in verdicts]
     if json:
         json_document({**document([]), "verdicts": [v.__dict__ for v in verdicts]})
+    elif markdown:
+        from fastlth.report import document as page
+        from fastlth.report.markdown import render
+
+        shown = page.Section("Counts and ratios", (page.Table("", header, tuple(lines)),))
+        lead = "A ratio is against the rival in the same run, above 1 is faster; its expected value is a floor."
+        print(render(page.Document("fastlth bench --check", (lead,), (shown,)), []), end="")
     else:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("", "gate", "expected", "found", ""):
-            table.add_column(column, justify="right" if column in ("expected", "found") else "left")
-        for v in verdicts:
-            table.add_row("ok" if v.passed else "FAIL", v.name, _figure(v.expected), _figure(v.found), v.says)
+        for i, column in enumerate(header):
+            table.add_column(column, justify="right" if i in (2, 3) else "left")
+        for line in lines:
+            table.add_row(*line)
         screen.print(table)
     failed = [v for v in verdicts if not v.passed]
     if failed:

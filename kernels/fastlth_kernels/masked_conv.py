@@ -131,6 +131,39 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 masked_conv2d.register_autograd(_backward, setup_context=_save)
 
 
+def conv_bytes(
+    role: str, images: tuple[int, int, int, int], filters: tuple[int, int, int, int], stride: int, padding: int, *,
+    image: int = 2, weight: int = 4, bias: bool = False, parts: int = 1,
+) -> int:  # fmt: skip
+    """Bytes read and written by one call, each tensor once; no masked copy of w is among them.
+
+    role: forward, input_grad or weight_grad; images: (B, IN, H, W); filters: (OUT, IN, kh, kw); image, weight: bytes
+    per activation and per weight; parts: of ``weight_parts``, each of which is written and read again as fp32 when
+    there are several. Raises ValueError for another role.
+    """
+    (B, IN, H, W), (OUT, _, kh, kw) = images, filters
+    x, w = B * IN * H * W, OUT * IN * kh * kw
+    y = B * OUT * result_size(H, kh, stride, padding) * result_size(W, kw, stride, padding)
+    bits = 4 * OUT * kh * kw * cdiv(IN, 32)
+    moved = {
+        "forward": image * (x + y) + weight * (w + OUT * bias) + bits,
+        "input_grad": image * (y + x) + weight * w + bits,
+        "weight_grad": image * (y + x) + weight * w + bits + (8 * parts * w if parts > 1 else 0),
+    }
+    if role not in moved:
+        raise ValueError(f"role '{role}' is not one of {', '.join(moved)}")
+    return moved[role]
+
+
+def conv_operations(
+    images: tuple[int, int, int, int], filters: tuple[int, int, int, int], stride: int, padding: int
+) -> int:
+    """Multiplications and additions, the same in every role; what a mask or the padding removes counts, too."""
+    (B, IN, H, W), (OUT, _, kh, kw) = images, filters
+    pixels = result_size(H, kh, stride, padding) * result_size(W, kw, stride, padding)
+    return 2 * B * pixels * OUT * IN * kh * kw
+
+
 def _check(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
     (_, IN, H, W), (OUT, _, kh, kw) = x.shape, w.shape
     for name, tensor, shape in (

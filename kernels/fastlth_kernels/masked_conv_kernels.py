@@ -180,11 +180,7 @@ def weight_grad(
     ``parts`` is the number of pieces the sum over pixels is cut into; not ``deterministic``, they meet by atomics."""
     (B, OUT, P, Q), (_, IN, H, W), (kh, kw) = dy.shape, x.shape, w.shape[2:]
     M, taps = B * P * Q, kh * kw
-    c = config or choose(OUT, IN, taps * cdiv(M, 512), dy.dtype)  # parts fill the device, too
-    tiles = cdiv(OUT, c.rows) * cdiv(IN, c.columns) * taps
-    parts = min(parts or enough_parts(tiles, M), max(cdiv(M, c.inner), 1))
-    share = max(cdiv(cdiv(M, parts), c.inner), 1) * c.inner
-    parts = max(cdiv(M, share), 1)
+    c, parts, share = weight_parts(OUT, IN, taps, M, dy.dtype, parts, config)
     atomic = parts > 1 and not deterministic
     made, dtype = torch.zeros if atomic else torch.empty, w.dtype if parts == 1 else torch.float32
     whole = made(1 if atomic else parts, OUT, kh, kw, IN, device=w.device, dtype=dtype)
@@ -200,6 +196,18 @@ def weight_grad(
     with device_of(dw):
         _add_parts[(cdiv(dw.numel(), 1024),)](whole, dw, dw.numel(), parts, BLOCK=1024, num_warps=4)
     return dw.permute(0, 3, 1, 2)
+
+
+def weight_parts(
+    outputs: int, inputs: int, taps: int, pixels: int, dtype: torch.dtype, parts: int | None = None,
+    config: Tiles | None = None,
+) -> tuple[Tiles, int, int]:  # fmt: skip
+    """How the weight gradient's sum over pixels is cut: its tiles, the number of pieces, pixels in each."""
+    c = config or choose(outputs, inputs, taps * cdiv(pixels, 512), dtype)  # parts fill the device, too
+    tiles = cdiv(outputs, c.rows) * cdiv(inputs, c.columns) * taps
+    parts = min(parts or enough_parts(tiles, pixels), max(cdiv(pixels, c.inner), 1))
+    share = max(cdiv(cdiv(pixels, parts), c.inner), 1) * c.inner
+    return c, max(cdiv(pixels, share), 1), share
 
 
 def result_size(size: int, taps: int, stride: int, padding: int) -> int:

@@ -148,6 +148,34 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 masked_linear.register_autograd(_backward, setup_context=_save)
 
 
+def linear_bytes(
+    role: str, replicates: int, images: int, outputs: int, inputs: int, *, image: int = 2, weight: int = 4,
+    bias: bool = True, relu: bool = False,
+) -> int:  # fmt: skip
+    """Bytes read and written by one call, each tensor once; no masked copy of w is among them.
+
+    role: forward, input_grad, weight_grad, or adam_step, which is a weight_grad that goes on to the update of w, bias
+    and their moments, all fp32. image, weight: bytes per activation and per weight. Raises ValueError for another role.
+    """
+    x, y, w = images * inputs, images * outputs, outputs * inputs
+    bits, biases = 4 * outputs * cdiv(inputs, 32), outputs * bias
+    g = y * (1 + relu)  # the gradient through a ReLU is read off y
+    moved = {
+        "forward": image * (x + y) + weight * (w + biases) + bits,
+        "input_grad": image * (g + x) + weight * w + bits,
+        "weight_grad": image * (g + x) + weight * (w + biases) + bits,
+        "adam_step": image * (g + x) + 24 * (w + biases) + bits,
+    }
+    if role not in moved:
+        raise ValueError(f"role '{role}' is not one of {', '.join(moved)}")
+    return replicates * moved[role]
+
+
+def linear_operations(replicates: int, images: int, outputs: int, inputs: int) -> int:
+    """Multiplications and additions of the matrix product, the same in every role; what a mask removes counts, too."""
+    return 2 * replicates * images * outputs * inputs
+
+
 def _check(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> None:
     (R, _, K), N = x.shape, w.shape[1]
     for name, tensor, shape in (("w", w, (R, N, K)), ("bits", bits, (R, N, cdiv(K, 32))), ("bias", bias, (R, N))):

@@ -287,6 +287,13 @@ def step_bytes(
     return weights * (8 + (2 if bf16 else 4) + 8 * state + 2 * copy + 1 / 8)
 
 
+def step_operations(weights: int, optimizer: str, *, momentum: bool = False, nesterov: bool = False) -> int:
+    """Floating-point operations of one step of that many weights, as the formulas have them; a root is one."""
+    if optimizer == "sgd":
+        return weights * (4 + 2 * momentum + 2 * nesterov)
+    return weights * (15 if optimizer == "adam" else 14)  # decay 2 or 1, first moment 3, second 4, update 6
+
+
 def aot_cases() -> list[AotCase]:
     """The steps the trainer makes: SGD with momentum and bf16 copy, with Nesterov and a histogram, Adam, AdamW."""
     signature = {"pointers": "*i64", "work": "*i32", "settings": "*fp32", "histogram": "*i32"}

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import torch
 
-from fastlth.bench import check, counts, rounds, step
+from fastlth.bench import check, counts, memory, rounds, step
 from fastlth.bench.paired import Paired
 from fastlth.bench.rivals import Eager, Plain
 from fastlth.bench.subject import Ours, masks_of_round, random_source, recipe_for, row
@@ -161,10 +161,34 @@ def test_a_regression_exits_with_3_and_names_the_row(command, monkeypatch, tmp_p
     assert command("bench", "--check")[0] == 0
 
 
+def test_markdown_goes_to_stdout_and_the_exit_code_stays(command, monkeypatch, tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "expected.toml").write_text('[counts]\n"a|b" = 10\nc = 1\n\n[floors]\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(counts, "measure", lambda: {"a|b": 12, "c": 1})
+    monkeypatch.setattr(check, "measured_rows", lambda: iter(()))
+    code, out, _ = command("bench", "--check", "--markdown")
+    assert code == 3
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert table == ["|  | gate | expected | found |  |", "| --- | --- | --- | --- | --- |",
+                     "| FAIL | a\\|b | 10 | 12 | worse by +20.0% |", "| ok | c | 1 | 1 |  |"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--markdown"], "--markdown belongs to --check"), (["--update"], "--update belongs to --check"),
+    (["--check", "--markdown", "--json"], "choose one"),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_refused(command, options, says):
+    code, out, err = command("bench", *options)
+    assert code == 2 and out == "" and says in err
+
+
 def test_bench_step_prints_one_document_and_draws(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    megabytes = {"ours": 100, "eager": 200, "plain": 300}
+    monkeypatch.setattr(memory, "peak_bytes", lambda recipe, subject, paths, round: {p: megabytes[p] for p in paths})
     code, out, err = command("bench", "step", "lenet-300-100", "digits", "--rounds", "0,20",
-                          "--seconds", "0.2", "--json", "--plot", "step.svg")  # fmt: skip
+                          "--seconds", "0.2", "--no-compiled", "--json", "--plot", "step.svg")  # fmt: skip
     assert code == 0, err
     document = json.loads(out)
     fields = {"subject", "model", "dataset", "path", "density", "images_per_second", "against", "ratio", "ratio_low",
@@ -174,4 +198,7 @@ def test_bench_step_prints_one_document_and_draws(command, monkeypatch, tmp_path
         ("ours", "eager"), ("ours", "eager"), ("ours", "plain"), ("eager", "plain"),
     ]  # fmt: skip
     assert document["rows"][0]["density"] == 1.0 and document["rows"][1]["density"] < 0.02
+    assert [(r["peak_bytes"], r["against_peak_bytes"]) for r in document["rows"]] == [
+        (100, 200), (100, 200), (100, 300), (200, 300)
+    ]  # fmt: skip
     assert (tmp_path / "step.svg").read_text().count("<path") > 10

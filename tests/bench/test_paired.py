@@ -10,6 +10,7 @@ import pytest
 
 from fastlth.bench import paired as module
 from fastlth.bench.paired import BLOCK_SECONDS, MIN_PAIRS, Paired, alternate, paired
+from fastlth.bench.subject import blocks_on
 
 
 class Machine:
@@ -159,6 +160,56 @@ def test_the_order_depends_on_the_seed_alone():
         return [name for name, *_ in machine.log]
 
     assert names(1) == names(1) != names(2)
+
+
+class Device:
+    """It is given work ahead and does it later: a call returns at once, ``wait`` when all of it is done. ``launch`` is
+    what a call costs the host, and every block is logged as (calls, work left over from before)."""
+
+    def __init__(self, launch=1e-5):
+        self.now, self.free, self.launch, self.blocks, self.waits = 0.0, 0.0, launch, [], 0
+
+    def work(self, seconds):
+        def run(calls):
+            self.blocks.append((calls, max(0.0, self.free - self.now)))
+            for _ in range(calls):
+                self.now += self.launch
+                self.free = max(self.free, self.now) + seconds
+            return None
+
+        return run
+
+    def wait(self):
+        self.waits += 1
+        self.now = max(self.now, self.free)
+
+    def compare(self, a, b, **options):
+        return paired(self.work(a), self.work(b), budget=5.0, clock=lambda: self.now, **options)
+
+
+def test_blocks_on_a_device_begin_and_end_when_it_is_idle():
+    device = Device()
+    one = device.compare(0.0005, 0.001, least_calls=100, wait=device.wait)
+    assert one.ratio == pytest.approx(2.0, rel=0.01) and one.seconds_a == pytest.approx(0.0005, rel=0.05)
+    counted = device.blocks[-3 * one.pairs :]
+    assert {calls for calls, _ in counted} == {100} and all(left == 0 for _, left in device.blocks)
+    assert device.waits == 2 * len(device.blocks)  # twice a block, not once a call
+
+
+def test_without_waiting_only_the_host_would_be_timed():
+    """That the simulated device could show the defect."""
+    device = Device()
+    one = device.compare(0.0005, 0.001, least_calls=100)
+    assert one.seconds_a == pytest.approx(device.launch) and any(left > 0 for _, left in device.blocks)
+
+
+def test_a_gpu_gets_a_hundred_steps_a_block_and_a_cpu_none(monkeypatch):
+    waited = []
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    assert blocks_on("cpu") == {}
+    assert [blocks_on("cuda:1", steps)["least_calls"] for steps in (1, 3, 100, 1000)] == [100, 34, 1, 1]
+    blocks_on("cuda:1")["wait"]()
+    assert waited == ["cuda:1"]
 
 
 def timed(machine, seconds):

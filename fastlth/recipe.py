@@ -293,6 +293,9 @@ class ComputeSection:
     """CPU threads; 0: as many as torch finds, or as measured fastest"""
     break_even: float = -1.0
     """density at or below which the sparse engine runs a layer from its kept weights alone; -1: measured"""
+    shifted: tuple[str, ...] = ("auto",)
+    """gradients of convolutions made by shifted matrix products on a CPU, such as conv13.weight and conv13.input;
+    auto: those that measure faster"""
 
     def __post_init__(self) -> None:
         _check("compute.device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
@@ -306,6 +309,9 @@ class ComputeSection:
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
         _choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))
         _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
+        object.__setattr__(self, "shifted", tuple(self.shifted))  # read back as a list
+        _check("compute.shifted", "auto" not in self.shifted or self.shifted == ("auto",),
+               "be auto alone or name gradients", list(self.shifted))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,6 +43,7 @@ from fastlth.store.ticket import EncodedTheta, Ticket
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
 from fastlth.training.resolve import device, engine, environment, loader, resolve
+from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
 
 
@@ -217,12 +218,13 @@ def check(recipe: Recipe) -> None:
     """Everything that can be wrong with a recipe on this machine, before any file is touched.
 
     Raises RecipeError (a net that does not fit the images, contradictory rates, a loader that is not
-    installed, an engine that cannot train it) or DeviceError.
+    installed, an engine that cannot train it, gradients of convolutions that it has not) or DeviceError.
     """
     layer_rates(weight_names(skeleton(recipe)), recipe.prune)
     device(recipe.compute.device)
     loader(recipe.compute.loader)
     engine(recipe)
+    swap(skeleton(recipe), recipe.compute.shifted)
 
 
 def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None) -> Path:

@@ -122,6 +122,8 @@ class View:
         how += [f"{compute.threads} thread{'s' if compute.threads > 1 else ''}"] if compute.device == "cpu" else []
         if compute.engine == "sparse":
             how += [f"kept weights alone at density {compute.break_even:g} and below"]
+        if compute.shifted and compute.shifted != ("auto",):
+            how += [f"{len(compute.shifted)} gradients of convolutions by shifted products"]
         self._print(f"{', '.join(how)}; {event.path}")
         if event.recipe.prune.rewind_to:
             self._print(f"rewinding to iteration {event.recipe.prune.rewind_to:,}")

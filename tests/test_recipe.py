@@ -141,8 +141,11 @@ RULES = [
     ("compute__compile", "yes", "unknown compute.compile 'yes'; choose one of: auto, on, off"),
     ("compute__channels_last", "1", "unknown compute.channels_last '1'; choose one of: auto, on, off"),
     ("compute__loader", "torch", "unknown compute.loader 'torch'; choose one of: auto, resident, ffcv"),
-    ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense"),
+    ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense, sparse"),
     ("compute__kernels", "cuda", "unknown compute.kernels 'cuda'; choose one of: auto, torch, triton"),
+    ("compute__break_even", 1.5, "compute.break_even must be in 0 to 1, or -1 to have it measured, got 1.5"),
+    ("compute__shifted", ["auto", "conv1.weight"],
+     "compute.shifted must be auto alone or name gradients, got ['auto', 'conv1.weight']"),
     ("compute__threads", -1, "compute.threads must be in 0 to 4096, got -1"),
     ("compute__threads", 4_097, "compute.threads must be in 0 to 4096, got 4097"),
     ("store__theta0", "hash", "unknown store.theta0 'hash'; choose one of: stored, seed"),
@@ -319,6 +322,7 @@ OTHER: dict[str, Any] = {
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
     "compute.kernels": "torch",
+    "compute.break_even": 0.5, "compute.shifted": ["conv1.weight"],
     "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip
 WITHOUT = {

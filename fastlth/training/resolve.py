@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 import fastlth
+from fastlth.catalogue import DATASETS
 from fastlth.data import ffcv
 from fastlth.errors import DeviceError, RecipeError
 from fastlth.models import skeleton
 from fastlth.recipe import ComputeSection, Recipe
+from fastlth.training import host, shifted
 from fastlth.training.engines import sparse
 from fastlth.training.engines.base import Engine
 
@@ -91,6 +93,7 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
         asked, device=device(asked.device), engine="dense", loader=loader(asked.loader), break_even=0.0,
         kernels=kernels(asked.kernels, device(asked.device)),
         threads=asked.threads or torch.get_num_threads(), precision=asked.precision.replace("auto", "fp32"),
+        shifted=() if asked.shifted == ("auto",) else asked.shifted,
         compile=asked.compile.replace("auto", "off"),
         channels_last=asked.channels_last if asked.channels_last != "auto" else _channels_last(recipe),
     )  # fmt: skip
@@ -165,15 +168,28 @@ def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates
         rates |= {_label(c): rate for c, rate in measured.items()}
         if measured[candidate] > BF16_GAIN * measured[chosen]:
             chosen = candidate
+    if asked.shifted == ("auto",) and asked.compile != "on":
+        chosen = dataclasses.replace(chosen, shifted=_shifted(recipe, chosen))
     if asked.compile == "auto":
         eager = rates.get(_label(chosen)) or _measure(recipe, [chosen], make_engine)[chosen]
         if _images_ahead(recipe) / eager > COMPILE_WORTH_SECONDS:
-            compiled = dataclasses.replace(chosen, compile="on")
+            compiled = dataclasses.replace(chosen, compile="on", shifted=fixed.shifted)
             measured = _measure(recipe, [chosen, compiled], make_engine)
             rates |= {_label(c): rate for c, rate in measured.items()}
             if measured[compiled] > COMPILE_GAIN * measured[chosen]:
                 chosen = compiled
     return chosen
+
+
+def _shifted(recipe: Recipe, compute: ComputeSection) -> tuple[str, ...]:
+    """The gradients of convolutions that shifted products make faster; two seconds for VGG-19."""
+    if compute.device != "cpu":
+        return ()
+    with host.settings(compute.threads):
+        return shifted.faster(
+            skeleton(recipe), DATASETS[recipe.data.name].shape, recipe.train.batch_size, compute.precision,
+            channels_last=compute.channels_last == "on",
+        )  # fmt: skip
 
 
 def _label(compute: ComputeSection) -> str:

@@ -17,6 +17,7 @@ from fastlth.training.engines.base import Chunk, Tensors
 from fastlth.training.evaluate import Scores, evaluate
 from fastlth.training.optim import MaskedOptimizer
 from fastlth.training.schedule import lr_at
+from fastlth.training.shifted import swap
 from fastlth.training.step import Step
 
 EVALUATION_BATCH = 1000
@@ -40,6 +41,7 @@ class DenseEngine:
             from fastlth.training.masked_modules import swap_  # imports Triton
 
             self.model = swap_(self.model)
+        swap(self.model, compute.shifted)
         parameters = dict(self.model.named_parameters())
         self.weight_names = weight_names(self.model)
         self.prunable = list(layer_rates(self.weight_names, recipe.prune)) if net is None else []

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from fastlth import running
 from fastlth.errors import Stopped
-from fastlth.running import _Saver
+from fastlth.saving import Saver
 from fastlth.ui import StopGuard
 from tests.helpers import random_source, small_recipe
 
@@ -51,15 +51,15 @@ def stop_latency(times: int) -> list[float]:
 def saving_share(save_every: float, seconds_wanted: float = 20.0) -> tuple[float, float, int]:
     """(share of the time in which the training thread waits for a save, seconds in all, saves)."""
     waits: list[float] = []
-    real = _Saver.state
+    real = Saver.state
 
-    def timed(self: _Saver, event: object) -> None:
+    def timed(self: Saver, event: object) -> None:
         started = time.perf_counter()
         real(self, event)  # type: ignore[arg-type]
         waits.append(time.perf_counter() - started)
 
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as out, patch.object(_Saver, "state", timed):
+    with tempfile.TemporaryDirectory() as out, patch.object(Saver, "state", timed):
         try:
             running.run(recipe(50_000, store__save_every=save_every), out=out,
                         stopped=lambda: 15 if time.perf_counter() - began > seconds_wanted else None)  # fmt: skip

@@ -37,7 +37,7 @@ class AtOnce:
 @pytest.fixture
 def disk(monkeypatch, tmp_path):
     monkeypatch.setattr("fastlth.running.ThreadPoolExecutor", AtOnce)
-    monkeypatch.setattr("fastlth.running._Saver.due", lambda self: True)
+    monkeypatch.setattr("fastlth.saving.Saver.due", lambda self: True)
     monkeypatch.setattr("fastlth.training.trainer.CHUNK_SECONDS", 1e9)  # one step first, then up to the evaluation
     return Disk(monkeypatch, tmp_path)
 

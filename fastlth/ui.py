@@ -209,6 +209,32 @@ class TrialLines:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+class FigureLines:
+    """Shows many searches and their controls, one after the other, as plain lines: a bar for each would not help."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._trial = TrialLines(console)
+
+    def __call__(self, event: object) -> None:
+        match event:
+            case str():
+                self._print(event)
+            case Beside():
+                self(event.event)
+            case Started():
+                self._print(f"{event.path}, {event.recipe.prune.rounds} rounds")
+            case Notice():
+                self._print(event.text)
+            case RoundFinished():
+                self._print(_sentence(event.result))
+            case TrialStarted() | TrialFinished() | InRound():
+                self._trial(event)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 class _Pace:
     """Seconds per iteration, evaluations included, since this process began to train."""
 

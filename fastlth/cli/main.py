@@ -15,6 +15,7 @@ from fastlth.cli import (
     doctor,
     find_ticket,
     report,
+    reproduce,
     resume,
     runs,
     supermask,
@@ -45,6 +46,7 @@ app.command("prune-at-init", epilog=branch.AT_INIT_EXAMPLE)(branch.prune_at_init
 app.command("connectivity", epilog=connectivity.EXAMPLE)(connectivity.connectivity)
 app.command("transfer", epilog=transfer.EXAMPLE)(transfer.transfer)
 app.command("supermask", epilog=supermask.EXAMPLE)(supermask.supermask)
+app.command("reproduce", epilog=reproduce.EXAMPLE)(reproduce.reproduce)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(runs.app, name="runs")
 app.add_typer(ticket.app, name="ticket")

@@ -22,7 +22,7 @@ from fastlth.errors import RecipeError, TicketError
 from fastlth.experiments.at_init import masks_at_init
 from fastlth.experiments.control import Control
 from fastlth.experiments.trial import Show, Start, Stop, Trial
-from fastlth.experiments.workbench import MASKS, VALUES, Workbench, draw_key
+from fastlth.experiments.workbench import MASKS, VALUES, Workbench, branch_name, draw_key, plain
 from fastlth.masks import Masks
 from fastlth.pruning import budget, prune
 from fastlth.pruning.criteria import SIGN_TESTS
@@ -90,6 +90,13 @@ def branch(
     work = _Work(bench, control, recipe, first, folder, digest)
     results = [work.train(k, t) for k in which for t in range(count)]
     return Branch(bench.path, folder, control, recipe, tuple(results))
+
+
+def planned(recipe: Recipe, control: Control) -> tuple[Recipe, str]:
+    """The recipe of the trainings of a search's branch, and the branch's folder in RUN/branches, before it is there."""
+    bare = dataclasses.replace(recipe, prune=plain(recipe.prune))
+    trained = _schedule(control, bare)[0]
+    return trained, branch_name(control.kind, control.digest(trained.digest))
 
 
 class _Work:

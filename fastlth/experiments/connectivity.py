@@ -136,6 +136,16 @@ def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[
     return dict(model.state_dict())
 
 
+def copy_name(k: int, seed: int) -> str:
+    """The folder in RUN/connectivity of a copy that parts at step k and has its own data order."""
+    return f"it{k}-order{seed}"
+
+
+def theta_name(k: int) -> str:
+    """The folder in RUN/connectivity of the training that gives theta_k, where the search has another one."""
+    return f"theta-{k}"
+
+
 class _Copies:
     """The copies of one plan, and the line between them."""
 
@@ -151,7 +161,7 @@ class _Copies:
         for copy, seed in enumerate(plan.seeds):
             theta, init = self._theta_of(copy)
             recipe = _with_seeds(self._recipe, order=seed, augment=seed, dropout=seed)
-            name = f"it{self._k}-order{seed}{init}"
+            name = copy_name(self._k, seed) + init
             result, state = self._trained(name, round, recipe, masks, theta, first=self._k)
             states.append(state)
             scores.append({"seed": seed, "test_accuracy": result["test_accuracy"]})
@@ -186,7 +196,7 @@ class _Copies:
             self._recipe, train=dataclasses.replace(self._recipe.train, iterations=k),
             prune=dataclasses.replace(self._recipe.prune, rewind_to=0),
         )  # fmt: skip
-        return self._trained(f"theta-{k}", 0, until_k, self._ticket.mask(0), self._bench.theta0())[1]
+        return self._trained(theta_name(k), 0, until_k, self._ticket.mask(0), self._bench.theta0())[1]
 
     def _trained(
         self, name: str, round: int, recipe: Recipe, masks: Masks, theta: State, first: int = 0

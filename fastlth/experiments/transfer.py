@@ -27,6 +27,7 @@ from fastlth.data.sources import data_root, load
 from fastlth.errors import RecipeError
 from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
+from fastlth.experiments.workbench import branch_name
 from fastlth.masks import Masks
 from fastlth.models import skeleton, weight_names
 from fastlth.models.init import initialise_
@@ -66,9 +67,8 @@ def transfer(
     for name, (before, now) in fresh.items():
         show(f"{name} is drawn fresh and kept whole: its weights are {now} for {recipe.data.name}, not {before}")
 
-    identity = [ticket.recipe.digest, recipe.digest, dataclasses.asdict(recipe.seeds), random_ticket]
-    digest = hashlib.sha256(strict_json.dumps(identity).encode()).hexdigest()
-    folder = ticket.folder / "branches" / f"transfer-{digest[:8]}"
+    digest = transfer_digest(ticket.recipe, recipe, random_ticket)
+    folder = ticket.folder / "branches" / branch_name("transfer", digest)
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
     known = ticket.file.resolved if recipe.compute == ticket.recipe.compute else None
     ready = settled(recipe, folder, lambda candidate: make_engine(candidate, source), known)
@@ -78,6 +78,12 @@ def transfer(
         "run": str(ticket.folder), "branch": str(folder), "dataset": recipe.data.name, "random_ticket": random_ticket,
         "fresh_layers": list(fresh), "recipe_digest": recipe.digest, "rounds": [result], "winning_round": None,
     }  # fmt: skip
+
+
+def transfer_digest(search: Recipe, recipe: Recipe, random_ticket: bool) -> str:
+    """What names the trainings of a search's tickets with ``recipe``, which is that of ``target``."""
+    identity = [search.digest, recipe.digest, dataclasses.asdict(recipe.seeds), random_ticket]
+    return hashlib.sha256(strict_json.dumps(identity).encode()).hexdigest()
 
 
 def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:

@@ -38,7 +38,7 @@ class Workbench:
     def __init__(self, path: Path, data_dir: str | Path | None, show: Show, stopped: Stop) -> None:
         self.path = run_folder(path)
         asked, self.resolved = read_recipe(self.path / RECIPE)
-        self.recipe = dataclasses.replace(asked, prune=_plain(asked.prune))
+        self.recipe = dataclasses.replace(asked, prune=plain(asked.prune))
         self.ticket: LoadedTicket | None = None
         if (self.path / TICKET).exists():
             self.ticket = load_ticket(self.path / TICKET)
@@ -61,7 +61,7 @@ class Workbench:
         return self._folder(control.kind, control.digest(recipe.digest))
 
     def _folder(self, kind: str, digest: str) -> tuple[Path, str]:
-        return self.path / "branches" / f"{kind}-{digest[:8]}", digest
+        return self.path / "branches" / branch_name(kind, digest), digest
 
     def settle(self, recipe: Recipe, folder: Path) -> Recipe:
         """``recipe`` without ``auto``, which becomes what it is in the search, so that bits agree."""
@@ -104,6 +104,11 @@ class Workbench:
         return mask_tools.full({n: torch.empty(s) for n, s in self.prunable.items()})
 
 
+def branch_name(kind: str, digest: str) -> str:
+    """The folder of a branch in RUN/branches."""
+    return f"{kind}-{digest[:8]}"
+
+
 def draw_key(seeds: SeedsSection, what: int, round: int, trial: int) -> Key:
     """The key of one draw: every (what, round, trial) has its own, and all follow from the search's seed."""
     w0, w1, _, _ = philox(round, trial, what, 0, seeds.key("branch"))
@@ -121,7 +126,8 @@ def run_folder(path: Path) -> Path:
     return found[max(found)]
 
 
-def _plain(prune: PruneSection) -> PruneSection:
+def plain(prune: PruneSection) -> PruneSection:
+    """``prune`` as controls have it: without mask actions and early bird."""
     return dataclasses.replace(prune, mask_1="none", mask_0="mask", constant=None, early_bird=0.0)
 
 

@@ -186,14 +186,14 @@ def _over_iterations(
             label = _round_label(s, k)
             series.append(Series(label, points, Look(colour=-1 if k == 0 else i - 1, dash=i, marker=None)))
         panels.append(Panel(s.label if len(subjects) > 1 else "", tuple(series)))
-        lows.append(_low(sorted(p.y for one in series for p in one.points)))
+        lows.append(low_end(sorted(p.y for one in series for p in one.points)))
     if y.percent:
         y = replace(y, low=min(filter(None, lows), default=None) if all(lows) else None)
     x = Axis("iteration", "iteration", whole=True, zero=True)
     return Curves(name, title, caption, x, y, tuple(panels))
 
 
-def _low(values: Sequence[float]) -> float | None:
+def low_end(values: Sequence[float]) -> float | None:
     """Where an accuracy axis may begin so that the part that matters, near the top, is not flat; None: at the start."""
     if len(values) <= 20:
         return None

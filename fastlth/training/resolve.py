@@ -216,7 +216,7 @@ def _measure(
         return (time.perf_counter() - started) / steps[compute]
 
     for compute, engine in engines.items():
-        _prune_at_random(engine, density)
+        prune_at_random(engine, density)
         call(compute)  # warm-up; compiles where asked for
         longest = min(recipe.evaluate.every, recipe.train.iterations)
         steps[compute] = max(1, min(longest, int(CALL_SECONDS / call(compute))))
@@ -229,7 +229,7 @@ def _measure(
     return {c: recipe.train.batch_size / seconds for c, seconds in fast.items()}
 
 
-def _prune_at_random(engine: Engine, density: float) -> None:
+def prune_at_random(engine: Engine, density: float) -> None:
     """Masks of one density everywhere; what a step costs depends on nothing else."""
     if density < 1:
         generator = torch.Generator().manual_seed(0)

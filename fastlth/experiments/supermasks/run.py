@@ -25,6 +25,7 @@ from fastlth.models import build, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, strict_json
+from fastlth.store.run import parent_folder
 from fastlth.training.engines.make import make_engine, make_splits
 from fastlth.training.gradients import gradients
 
@@ -39,8 +40,7 @@ def supermask(
     """
     check(recipe)
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
-    name = f"{recipe.model.name}-{recipe.data.name}-{recipe.digest[:8]}"
-    folder = Path(out) / name / f"r{recipe.seeds.base}" / "supermask"
+    folder = place(out, recipe)
 
     if plan.method == "one-shot":
         ready = settled(recipe, folder, lambda candidate: make_engine(candidate, source))
@@ -54,6 +54,11 @@ def supermask(
     }  # fmt: skip
     atomic.write(folder / f"{plan.label}.json", strict_json.dumps(document).encode() + b"\n")
     return document
+
+
+def place(out: str | Path, recipe: Recipe) -> Path:
+    """The folder of all supermasks of a recipe and its seed."""
+    return parent_folder(Path(out), recipe) / f"r{recipe.seeds.base}" / "supermask"
 
 
 def _one_shot(

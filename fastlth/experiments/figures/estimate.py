@@ -1,0 +1,136 @@
+"""About how long trainings take on this machine: their engines are made, timed for some intervals, and thrown away.
+
+A step's time depends on the net, the data, the optimizer and, in the sparse engine, the density; neither on the
+learning rate nor on the length of training. So one engine is timed for all recipes that agree in the former.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastlth.data.sources import Source, data_root, load
+from fastlth.errors import DeviceError
+from fastlth.experiments.figures.work import Training, run_of
+from fastlth.experiments.supermasks.net import supermask_engine
+from fastlth.recipe import ComputeSection, Recipe
+from fastlth.side_by_side import cores
+from fastlth.store.run import RECIPE, read_recipe
+from fastlth.training.engines.base import Engine
+from fastlth.training.engines.make import make_engine
+from fastlth.training.resolve import device, prune_at_random, resolve
+
+SECONDS = 0.3
+"""of steps per density"""
+INTERVALS = 3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds, measured."""
+
+    compute: ComputeSection
+    densities: tuple[float, ...]
+    """rising"""
+    step: tuple[float, ...]
+    """one per density"""
+    validation: float
+    test: float
+
+    def seconds(self, training: Training) -> float:
+        """Of a training, evaluations included; with ``evaluate.test = "minimum"`` without those on test images, which
+        become rare after the early stop."""
+        recipe = training.recipe
+        reads = self.validation + (self.test if recipe.evaluate.test == "always" else 0.0)
+        step = float(np.interp(training.density, self.densities, self.step))
+        trained_on = min(recipe.data.train_images, training.steps * recipe.train.batch_size)
+        last = self.validation * trained_on / recipe.data.validation  # training accuracy, when a round is over
+        whole = training.steps * step + -(-training.steps // recipe.evaluate.every) * reads + last
+        sparse = self.compute.engine == "sparse"
+        return whole / (min(training.beside, max(1, cores() // self.compute.threads)) if sparse else 1)
+
+
+def estimate(
+    trainings: Iterable[Training], out: Path, data_dir: Path | None, show: Callable[[str], None] = lambda _: None
+) -> float:
+    """Seconds for those trainings that are not done. Raises DataError, DeviceError and RecipeError as training does."""
+    paces: dict[tuple[Any, ...], Pace] = {}
+    total = 0.0
+    for training in (t for t in trainings if not t.done):
+        key = _alike(training)
+        if key not in paces:
+            name = f"{training.recipe.model.name} on {training.recipe.data.name}"
+            show(f"timing {name}{', supermask' if training.plan else ''}")
+            paces[key] = _pace(training, out, data_dir)
+        total += paces[key].seconds(training)
+    return total
+
+
+def _alike(training: Training) -> tuple[Any, ...]:
+    r = training.recipe
+    plan = training.plan.label if training.plan else None
+    return (r.model, r.data.name, r.data.augment, r.train.batch_size, r.train.optimizer, bool(r.train.momentum),
+            r.prune.mask_0, r.compute, plan)  # fmt: skip
+
+
+def _pace(training: Training, out: Path, data_dir: Path | None) -> Pace:
+    recipe, source = training.recipe, load(training.recipe.data.name, data_root(data_dir))
+
+    def make(candidate: Recipe) -> Engine:
+        if training.plan is not None:
+            return supermask_engine(candidate, source, training.plan)[0]
+        return make_engine(candidate, source)
+
+    compute = _resolved(recipe, out, source, make)
+    engine = make(dataclasses.replace(recipe, compute=compute))
+    last = (1 - recipe.prune.rate) ** recipe.prune.rounds
+    validation, test = _evaluation(engine, "validation"), _evaluation(engine, "test")
+    steps = {}
+    for density in sorted({last, last**0.5, 1.0} if compute.engine == "sparse" else {1.0}, reverse=True):
+        prune_at_random(engine, density)  # the dense net comes first: this brings nothing back
+        steps[density] = _step(engine, recipe)
+    return Pace(compute, tuple(reversed(steps)), tuple(reversed(steps.values())), validation, test)
+
+
+def _resolved(recipe: Recipe, out: Path, source: Source, make: Callable[[Recipe], Engine]) -> ComputeSection:
+    """What ``auto`` is in the run if it has begun and its device is still there, else what it would be."""
+    file = run_of(out, recipe) / RECIPE
+    known = read_recipe(file)[1] if file.exists() else {}
+    names = [f.name for f in dataclasses.fields(ComputeSection)]
+    if all(n in known for n in names):
+        with contextlib.suppress(DeviceError):
+            device(known["device"])
+            return ComputeSection(**{n: known[n] for n in names})
+    return resolve(recipe, make).compute
+
+
+def _step(engine: Engine, recipe: Recipe) -> float:
+    """The median of some intervals, or of parts of one where they are long."""
+
+    def took(steps: int) -> float:
+        engine.interval()  # its record holds one interval's steps and no more
+        return _timed(lambda: engine.run(0, steps)) / steps
+
+    took(1)  # warms up
+    longest = min(recipe.evaluate.every, recipe.train.iterations)
+    steps = max(1, min(longest, int(SECONDS / INTERVALS / max(took(1), 1e-9))))
+    return statistics.median(took(steps) for _ in range(INTERVALS))
+
+
+def _evaluation(engine: Engine, split: str) -> float:
+    engine.evaluate(split)
+    return _timed(lambda: engine.evaluate(split))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

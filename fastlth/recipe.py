@@ -363,6 +363,14 @@ class Recipe:
         plain = json.loads(json.dumps(asdict(self)))
         return {s: {k: v for k, v in values.items() if v is not None} for s, values in plain.items()}
 
+    def to_unordered(self) -> dict[str, dict[str, Any]]:
+        """``to_dict`` for a file that sorts keys: where another order has a meaning, a list of pairs is in place of
+        the table. ``from_dict`` reads both."""
+        sections, scale = self.to_dict(), self.prune.scale
+        if list(scale) != sorted(scale):
+            sections["prune"]["scale"] = [[pattern, factor] for pattern, factor in scale.items()]
+        return sections
+
     @staticmethod
     def from_dict(sections: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """The inverse of ``to_dict``. Raises RecipeError for unknown, missing or mistyped settings."""
@@ -420,6 +428,8 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
     if origin is types.UnionType:
         return None if value is None else _typed(name, args[0], value)
     if origin is dict:
+        if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            value = {str(key): inner for key, inner in value}
         if isinstance(value, dict):
             return {str(k): _typed(f"{name}.{k}", args[1], v) for k, v in value.items()}
     elif origin is tuple:

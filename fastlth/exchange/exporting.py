@@ -92,7 +92,7 @@ def _hf(ticket: LoadedTicket, round: int, out: Path) -> None:
     """A folder as a model hub wants it: config.json, model.safetensors and a card."""
     facts: dict[str, Any] = {
         **_facts(ticket, round), "round": round, "density": ticket.file.density(round),
-        "kept": ticket.file.kept(round), "recipe": ticket.recipe.to_dict(),
+        "kept": ticket.file.kept(round), "recipe": ticket.recipe.to_unordered(),
     }  # fmt: skip
     result = ticket.rounds[round] if round < len(ticket.rounds) else {}
     with target.new_folder(out) as folder:
@@ -133,7 +133,7 @@ def _facts(ticket: LoadedTicket, round: int) -> dict[str, str]:
     return {
         "fastlth_version": fastlth.__version__, "model": recipe.model.name, "dataset": recipe.data.name,
         "recipe_digest": recipe.digest, "round": str(round), "density": repr(ticket.file.density(round)),
-        "recipe": strict_json.dumps(recipe.to_dict()),
+        "recipe": strict_json.dumps(recipe.to_unordered()),
     }  # fmt: skip
 
 

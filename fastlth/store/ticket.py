@@ -123,7 +123,7 @@ def save(path: Path, ticket: Ticket, *, theta: EncodedTheta | None = None) -> No
         "all_weights": ticket.all_weights,
         "metrics_bytes": ticket.metrics_bytes,
         "pruned_at": mask_infos,
-        "recipe": ticket.recipe.to_dict(),
+        "recipe": ticket.recipe.to_unordered(),
         "resolved": dict(ticket.resolved),
         "rewind": dict(theta.infos),
         "rewind_iteration": ticket.rewind_iteration,

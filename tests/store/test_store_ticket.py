@@ -90,6 +90,14 @@ def test_round_trip(rounds: int, tmp_path: Path) -> None:
         assert "rewind/fc1.weight" in file.keys()
 
 
+def test_the_order_of_layer_patterns_survives(tmp_path: Path) -> None:
+    """The first match wins, and a ticket's description sorts its keys."""
+    asked = recipe()
+    asked = replace(asked, prune=replace(asked.prune, scale={"output": 0.5, "fc*": 1.0, "*": 0.0}))
+    save(tmp_path / "search.ticket", a_ticket(recipe=asked))
+    assert list(load(tmp_path / "search.ticket").recipe.prune.scale.items()) == list(asked.prune.scale.items())
+
+
 def test_encoded_theta_saves_the_same_bytes(tmp_path: Path) -> None:
     ticket = a_ticket()
     save(tmp_path / "a", ticket)

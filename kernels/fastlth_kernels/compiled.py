@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from numba import njit
+from numba import njit, typeof
 from numba.core.caching import FunctionCache
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,6 +23,7 @@ def sources(folder: Path = Path(__file__).parent) -> str:
 
 
 SOURCES = sources()
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
@@ -41,3 +43,13 @@ def compiled(function: F) -> F:
     result._cache = _Cache(function)
     typed: F = result
     return typed
+
+
+def compile_for(function: Any, args: tuple[Any, ...]) -> None:
+    """Compile ``function`` for arguments of these types, if it is not compiled yet, while no other thread does.
+
+    Two threads that call a function for the first time at once both compile it, and numba's tables of what is
+    compiled do not survive that (seen as a KeyError in a later compilation).
+    """
+    with _ONE_AT_A_TIME:
+        function.compile(tuple(typeof(arg) for arg in args))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .compiled import compile_for
 from .dense_cpu import TILE
 from .interval_cpu import Images as Images
 from .interval_cpu import Net, interval, scores
@@ -80,6 +81,7 @@ class MaskedMlp:
         if masks[0].shape[1] % GROUP:
             raise ValueError(f"the first layer must have a multiple of {GROUP} inputs, got {masks[0].shape[1]}")
         self.optimizer, self.threads, self.pitch, self._pool = optimizer, threads, _up(batch, LANES), pool
+        self._compiled: set[Any] = set()
         self._floats, self._ints = _Arena(), _Arena()
         self._index_parts: list[tuple[int, Array]] = []
         self._bits: list[Array] = []
@@ -233,6 +235,9 @@ class MaskedMlp:
         return float(results[:, 0].sum()), int(results[:, 1].sum())
 
     def _on_all(self, function: Any, *args: Any) -> None:
+        if function not in self._compiled:
+            compile_for(function, (0, *args))
+            self._compiled.add(function)
         others = [self._pool.submit(function, t, *args) for t in range(1, self.threads)] if self._pool else []
         function(0, *args)
         for other in others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -43,3 +44,33 @@ def test_every_file_counts_by_name_and_content(tmp_path):
         (tmp_path / name).write_text(text)
         seen.add(compiled.sources(tmp_path))
     assert len(seen) == 3
+
+
+RACE = """
+import threading, numpy as np
+from concurrent.futures import ThreadPoolExecutor
+from fastlth_kernels.mlp_cpu import Images, MaskedMlp, Optimizer
+
+def net(pool):
+    return MaskedMlp([np.ones((10, 64), bool)], [False], Optimizer("adam"), np.ones(4), np.zeros(4), batch=8,
+                     threads=2, pool=pool)
+
+data = Images(np.zeros(64 * 8, np.uint8), np.zeros(8, np.int64), np.arange(8))
+nets = [net(ThreadPoolExecutor(1)) for _ in range(4)]
+meet, losses = threading.Barrier(4), []
+
+def work(one):
+    meet.wait()
+    one.train(data, np.array([0, 8]), np.array([1e-3]), 0)
+    losses.append(one.scores(data)[0])
+
+threads = [threading.Thread(target=work, args=(one,)) for one in nets]
+for t in threads: t.start()
+for t in threads: t.join()
+assert len(losses) == 4 and len(set(losses)) == 1
+"""
+
+
+def test_many_threads_may_begin_with_nothing_compiled(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)}
+    subprocess.run([sys.executable, "-c", RACE], check=True, env=environment)

@@ -27,7 +27,7 @@ Call = Callable[[], Any]
 
 
 @dataclass
-class Session:
+class Ledger:
     """Where results go, and how long we may take. ``device`` is cuda, or cpu in a dry run."""
 
     out: Path
@@ -177,19 +177,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from benchmarks import gpu_kernels
 
-    session = Session(asked.out, torch.device("cpu" if asked.dry_run else "cuda"), 60 * asked.minutes)
-    if session.dry:
-        session.rounds = 2
+    ledger = Ledger(asked.out, torch.device("cpu" if asked.dry_run else "cuda"), 60 * asked.minutes)
+    if ledger.dry:
+        ledger.rounds = 2
     else:
         torch.backends.cudnn.benchmark = True
-    gpu_kernels.numerics(session)
-    session.write()
-    if not all(check["passed"] for check in session.checks):
+    gpu_kernels.numerics(ledger)
+    ledger.write()
+    if not all(check["passed"] for check in ledger.checks):
         print("wrong kernels are not timed", file=sys.stderr)
         return 1
-    gpu_kernels.times(session)
-    session.write()
-    print(f"{len(session.rows)} rows in {session.out / 'kernels.json'}; left out: {session.left_out or 'nothing'}")
+    gpu_kernels.times(ledger)
+    ledger.write()
+    print(f"{len(ledger.rows)} rows in {ledger.out / 'kernels.json'}; left out: {ledger.left_out or 'nothing'}")
     return 0
 
 

@@ -49,13 +49,13 @@ def test_a_wrong_kernel_is_found_and_nothing_timed(tmp_path, monkeypatch, value)
 
 
 def test_a_variant_that_fails_is_named_and_the_others_are_timed(tmp_path):
-    session = gpu.Session(tmp_path, torch.device("cpu"), 60.0, rounds=3)
+    ledger = gpu.Ledger(tmp_path, torch.device("cpu"), 60.0, rounds=3)
 
     def fails() -> None:
         raise RuntimeError("out of memory")
 
-    medians = session.compare({"subject": "any"}, {"ours": lambda: None, "naive": fails})
-    assert set(medians) == {"ours"} and session.left_out == ["any naive: RuntimeError out of memory"]
+    medians = ledger.compare({"subject": "any"}, {"ours": lambda: None, "naive": fails})
+    assert set(medians) == {"ours"} and ledger.left_out == ["any naive: RuntimeError out of memory"]
 
 
 def test_nan_is_the_largest_error():

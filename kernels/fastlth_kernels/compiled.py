@@ -48,8 +48,7 @@ def compiled(function: F) -> F:
 def compile_for(function: Any, args: tuple[Any, ...]) -> None:
     """Compile ``function`` for arguments of these types, if it is not compiled yet, while no other thread does.
 
-    Two threads that call a function for the first time at once both compile it, and numba's tables of what is
-    compiled do not survive that (seen as a KeyError in a later compilation).
+    Threads that call a function for the first time at once would each compile it, ten seconds of work.
     """
     with _ONE_AT_A_TIME:
         function.compile(tuple(typeof(arg) for arg in args))

@@ -43,20 +43,3 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return code, out, err
 
     return call
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_kernels():
-    """The CPU kernels, compiled before any test: what numba compiles after an FFCV loader has run in the same process
-    fails with a KeyError in numba's own tables (seen with numba 0.68.1 and FFCV 1.0.2, not understood yet)."""
-    numpy = pytest.importorskip("numpy")
-    try:
-        from fastlth_kernels.mlp_cpu import Images, MaskedMlp, Optimizer
-    except ImportError:
-        return
-    data = Images(numpy.zeros(64, numpy.uint8), numpy.zeros(1, numpy.int64), numpy.zeros(1, numpy.int64))
-    for dtype in (numpy.float32, numpy.float64):
-        net = MaskedMlp([numpy.ones((2, 64), bool)], [True], Optimizer("sgd"), numpy.ones(4), numpy.zeros(4), batch=1,
-                        dtype=dtype)  # fmt: skip
-        net.train(data, numpy.array([0, 1]), numpy.array([0.0]), 0)
-        net.scores(data)

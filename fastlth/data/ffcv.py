@@ -8,6 +8,7 @@ decoder compiles in 0.65 s, where ``RGBImageField`` refuses one channel and take
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -143,15 +144,44 @@ def _open(path: Path, batch_size: int) -> Any:
     import numba
 
     with _threads_kept():
-        from ffcv.loader import Loader
+        import ffcv.loader.loader
 
-        return Loader(
+        ffcv.loader.loader.OSCacheManager = _memory_manager()
+        return ffcv.loader.Loader(
             str(path),
             batch_size=batch_size,
             num_workers=min(4, numba.get_num_threads()),  # numba refuses more than it has
             seed=0,  # unused, but without it FFCV draws from numpy's global generator
             drop_last=False,  # the orders we give leave out what is to be left out
         )
+
+
+@functools.cache
+def _memory_manager() -> type:
+    """FFCV's manager of the mapped file, without its write into ``numba.uint8[::1]``.
+
+    That object is the one type of all such arrays in the process: made read-only by FFCV 1.0.2, its hash changes, and
+    every function already compiled for uint8 arrays loses its entry in numba's tables (KeyError at the next
+    compilation).
+    """
+    import numba
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.pipeline.compiler import Compiler
+
+    file = numba.uint8[::1].copy(readonly=True)
+    state = numba.types.Tuple([file, numba.uint64[::1], numba.uint64[::1]])
+
+    class Manager(OSCacheManager):  # type: ignore[misc]
+        state_type = state
+
+        def compile_reader(self) -> Any:
+            def read(address: Any, mapped: Any) -> Any:
+                data, starts, sizes = mapped
+                return data[address : address + sizes[np.searchsorted(starts, address)]]
+
+            return Compiler.compile(read, file(numba.uint64, state))
+
+    return Manager
 
 
 def digest(images: Images) -> str:

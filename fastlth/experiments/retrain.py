@@ -10,10 +10,10 @@ from typing import Any
 from fastlth import masks as mask_tools
 from fastlth.composition import adjust
 from fastlth.data.sources import data_root, load
+from fastlth.experiments.settled import as_known, compute_of
 from fastlth.search import round_result, winning_round
 from fastlth.tickets import LoadedTicket
 from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import resolve
 from fastlth.training.trainer import Progress, train
 
 
@@ -32,8 +32,10 @@ def retrain(
     masks = ticket.mask(round)
     recipe = adjust(ticket.recipe, settings or {})
     source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
-    compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
-    engine = make_engine(dataclasses.replace(recipe, compute=compute), source)
+    # what auto became in the search is part of its bits: threads, precision, which layers run from kept weights
+    known = ticket.file.resolved if recipe.compute == ticket.recipe.compute else {}
+    resolved = as_known(recipe, lambda candidate: make_engine(candidate, source), known)
+    engine = make_engine(dataclasses.replace(recipe, compute=compute_of(resolved)), source)
     engine.set_masks(ticket.trained_mask(round))
     engine.rewind(ticket.start(round))
     progress = Progress(ticket.file.rewind_iteration)

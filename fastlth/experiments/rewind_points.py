@@ -21,7 +21,8 @@ import numpy as np
 from fastlth import masks as mask_tools
 from fastlth.data.sources import Source, data_root, load
 from fastlth.errors import Stopped
-from fastlth.recipe import ComputeSection, Recipe
+from fastlth.experiments.settled import compute_of
+from fastlth.recipe import Recipe
 from fastlth.running import Search, Show, check, run
 from fastlth.store import ticket as tickets
 from fastlth.store.metrics_file import MetricsFile
@@ -76,7 +77,7 @@ def _same_dense_round(recipe: Recipe, donors: Sequence[Path]) -> bool:
         return False
     for donor in donors:
         _, resolved = read_recipe(donor / RECIPE)
-        compute = _compute(resolved)
+        compute = compute_of(resolved)
         if compute.device != "cpu" or "moved" in resolved or resolved.get("environment") != environment(compute):
             return False
     return True
@@ -88,7 +89,7 @@ def _begin_after_dense_round(directory: Run, recipe: Recipe, donor: Path, source
         return
     _, resolved = read_recipe(donor / RECIPE)
     theirs = tickets.load(donor / "search.ticket", theta0)
-    engine = make_engine(dataclasses.replace(recipe, compute=_compute(resolved)), source)
+    engine = make_engine(dataclasses.replace(recipe, compute=compute_of(resolved)), source)
     mine = dataclasses.replace(
         theirs, recipe=recipe, resolved=resolved, rewind=_theta(engine, recipe, theirs.pruned_at, stopped),
         rewind_iteration=recipe.prune.rewind_to,
@@ -115,7 +116,3 @@ def _theta(engine: Engine, recipe: Recipe, prunable: Iterable[str], stopped: Sto
         if event == ChunkDone(k):
             break
     return {n: t.detach().to("cpu", copy=True).contiguous().numpy() for n, t in engine.weights().items()}
-
-
-def _compute(resolved: Mapping[str, Any]) -> ComputeSection:
-    return ComputeSection(**{f.name: resolved[f.name] for f in dataclasses.fields(ComputeSection)})

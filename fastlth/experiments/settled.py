@@ -26,15 +26,29 @@ def settled(
     """
     file = folder / RECIPE
     before = read_recipe(file)[1] if file.exists() else dict(known or {})
-    names = [f.name for f in dataclasses.fields(ComputeSection)]
-    if all(n in before for n in names) and _there(str(before["device"])):
-        resolved = before
-    else:
-        resolved = resolve(recipe, make).to_dict()
+    resolved = as_known(recipe, make, before)
     if not file.exists() or resolved is not before:
         atomic.make_folders(folder)
         atomic.write(file, toml.dumps({**recipe.to_dict(), "resolved": resolved}).encode())
-    return dataclasses.replace(recipe, compute=ComputeSection(**{n: resolved[n] for n in names}))
+    return dataclasses.replace(recipe, compute=compute_of(resolved))
+
+
+def as_known(recipe: Recipe, make: Callable[[Recipe], Engine], known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``known``, the ``resolved`` of a run or ticket, where it is whole and its device is there; else resolved now.
+
+    Raises DeviceError, RecipeError.
+    """
+    if all(name in known for name in _NAMES) and _there(str(known["device"])):
+        return known
+    return resolve(recipe, make).to_dict()
+
+
+def compute_of(resolved: Mapping[str, Any]) -> ComputeSection:
+    """The compute section without ``auto`` in what a run or ticket says of itself."""
+    return ComputeSection(**{name: resolved[name] for name in _NAMES})
+
+
+_NAMES = [f.name for f in dataclasses.fields(ComputeSection)]
 
 
 def _there(name: str) -> bool:

@@ -181,6 +181,17 @@ def test_ffcv_leaves_threads_and_random_numbers_alone(cache: Path) -> None:
 
 
 @needs_ffcv
+def test_ffcv_leaves_the_types_of_numba_alone(cache: Path) -> None:
+    import numba  # FFCV 1.0.2 makes this very object read-only, which loses what was compiled for uint8 arrays
+
+    before = hash(numba.uint8[::1])
+    loader = ffcv.FfcvLoader(some_images(1), np.arange(60), Order(60, 4, True, (0, 3)), CPU, cache)
+    list(loader.batches(0, 2))
+    loader.close()
+    assert numba.uint8[::1].mutable and hash(numba.uint8[::1]) == before
+
+
+@needs_ffcv
 def test_the_beton_is_written_once_per_content(tmp_path: Path) -> None:
     images = some_images(1)
     path = ffcv.beton(images, tmp_path / "deep" / "cache")

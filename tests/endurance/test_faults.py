@@ -36,7 +36,7 @@ class AtOnce:
 
 @pytest.fixture
 def disk(monkeypatch, tmp_path):
-    monkeypatch.setattr("fastlth.running.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr("fastlth.saving.ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr("fastlth.saving.Saver.due", lambda self: True)
     monkeypatch.setattr("fastlth.training.trainer.CHUNK_SECONDS", 1e9)  # one step first, then up to the evaluation
     return Disk(monkeypatch, tmp_path)

@@ -1,9 +1,9 @@
 """The paired timer: which of two ways is faster, on a machine that is never quiet.
 
 A, B and a control (A once more) are timed in blocks, in all orders equally often, and only ratios within such a
-round count, since a neighbour slows down all three. The control must come out at 1: where it strays no ratio is
-reported. (Measured on a shared machine: medians of sequential runs called a 5 % slowdown anything from 30 % faster
-to 9 % slower; paired medians stayed within 2 to 8 %.)
+round count, since a neighbour slows down all three. The control must come out at 1: where it strays, or where the
+ratio's own interval spans a factor of two, no ratio is reported. (Measured on a shared machine: medians of sequential
+runs called a 5 % slowdown anything from 30 % faster to 9 % slower; paired medians stayed within 2 to 8 %.)
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ Timed = Callable[[int], float]
 """does the thing n times and says how many seconds that took"""
 
 BLOCK_SECONDS = 0.02
+# Before each block: OpenMP's threads go on spinning for about 6 ms after their work, on the next one's cores.
+REST_SECONDS = 0.01
 MIN_PAIRS, MAX_PAIRS = 6, 400  # of fewer than 6 samples even the smallest and largest are no 95 % interval
 STOP_FROM = 24  # pairs from which on measuring stops when the ratio is precise: of fewer, too many look so by luck
 PRECISE = 0.01  # half width of the log-ratio interval at which it is
 # The control strays when its median is off by more than STRAY, or surely (by its whole interval) by more than BIAS.
 STRAY, BIAS = 0.10, 0.03
+WIDE = math.log(2)  # of a log-ratio interval that says too little; threads that wait for each other can do that
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Paired:
     seconds_a: float
     seconds_b: float
     ratio: float | None
-    """None where the control strayed"""
+    """None where the control strayed or the interval is too wide"""
     low: float
     """lower end of the ratio's 95 % bootstrap interval"""
     high: float
@@ -49,7 +52,7 @@ class Paired:
 
     @property
     def strayed(self) -> bool:
-        """Whether the control was off, so that the ratio is None."""
+        """Whether the machine was too restless, so that the ratio is None."""
         return self.ratio is None
 
 
@@ -125,6 +128,7 @@ class _Side:
 
     def seconds(self) -> float:
         """Per call, over a block. One that turns out too short does not count and is repeated with more calls."""
+        time.sleep(REST_SECONDS)
         while (taken := self._timed(self._calls)) < self._block:
             more = min(10.0, 1.3 * self._block / max(taken, 1e-9))
             self._calls = max(self._calls + 1, math.ceil(self._calls * more))
@@ -148,6 +152,7 @@ def _summary(times: Sequence[tuple[float, ...]], rng: random.Random) -> Paired:
     low, high = interval(ratios, rng)
     control_low, control_high = interval(control, rng)
     strayed = abs(statistics.median(control)) > STRAY or control_low > BIAS or control_high < -BIAS
+    strayed = strayed or high - low > WIDE
     of_a = [t[0] for t in times]
     deciles = statistics.quantiles(of_a, n=10)
     return Paired(

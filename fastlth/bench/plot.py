@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,12 +30,8 @@ def by_density(rows: Sequence[Row], file: Path) -> None:
     steps = compose(rows[0]["model"], rows[0]["dataset"]).recipe.train
     images = steps.iterations * steps.batch_size
     figure, (speed, cost) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for r in rows:
-        lines.setdefault(r["path"], []).append((r["density"], r["images_per_second"]))
-        lines.setdefault(r["against"], []).append((r["density"], r["against_images_per_second"]))
-    for marker, color, (path, points) in zip("os^Dv", COLORS, sorted(lines.items()), strict=False):
-        densities, rates = zip(*sorted(points), strict=True)
+    for marker, color, (path, points) in zip("os^Dv", COLORS, sorted(_lines(rows).items()), strict=False):
+        densities, rates = zip(*sorted(points.items()), strict=True)
         style = {"marker": marker, "color": color, "label": path, "markersize": 5}
         speed.plot(densities, rates, **style)
         cost.plot(densities, [images / rate for rate in rates], **style)
@@ -52,3 +49,13 @@ def by_density(rows: Sequence[Row], file: Path) -> None:
         raise OutputError(f"cannot write {file} ({error.strerror}); choose another file") from error
     finally:
         plt.close(figure)
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, dict[float, float]]:
+    """Path -> density -> images/s, the median where it was timed against several; no row of a restless machine."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for r in rows:
+        if r["ratio"] is not None:
+            found.setdefault(r["path"], {}).setdefault(r["density"], []).append(r["images_per_second"])
+            found.setdefault(r["against"], {}).setdefault(r["density"], []).append(r["against_images_per_second"])
+    return {path: {d: statistics.median(rates) for d, rates in points.items()} for path, points in found.items()}

@@ -40,6 +40,8 @@ ONE_THREAD_BONUS = 1.1
 SMALL_STEP_SECONDS = 0.02
 MEASURE_SECONDS = 1.0
 CALL_SECONDS = 0.01
+# OpenMP's threads go on spinning for about 6 ms after their work, on the cores of whoever is timed next.
+REST_SECONDS = 0.01
 BREAK_EVEN = 0.5
 """of the sparse engine, until it is measured"""
 # Compiling takes half a minute to a minute: it is tried where it can be a few percent of the search at most.
@@ -211,6 +213,7 @@ def _measure(
     def call(compute: ComputeSection) -> float:
         engine = engines[compute]
         engine.interval()  # its record holds one interval's steps and no more
+        time.sleep(REST_SECONDS)
         started = time.perf_counter()
         engine.run(0, steps[compute])
         return (time.perf_counter() - started) / steps[compute]

@@ -31,6 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).with_name("recorded_timings.json")
 
 
+@pytest.fixture(autouse=True)
+def simulated_time_only(monkeypatch):
+    monkeypatch.setattr("fastlth.bench.paired.REST_SECONDS", 0)
+
+
 def found(low, high=None, control=(0.98, 1.02), strayed=False):
     ratio = None if strayed else math.sqrt(low * (high or low * 1.04))
     return Paired(0.001, 0.001, ratio, low, high or low * 1.04, *control, 100, (0.001, 0.001, 0.001))

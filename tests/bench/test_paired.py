@@ -13,6 +13,11 @@ from fastlth.bench.paired import BLOCK_SECONDS, MIN_PAIRS, Paired, alternate, pa
 from fastlth.bench.subject import blocks_on
 
 
+@pytest.fixture(autouse=True)
+def simulated_time_only(monkeypatch):
+    monkeypatch.setattr("fastlth.bench.paired.REST_SECONDS", 0)
+
+
 class Machine:
     """Seconds that pass, and a log of (work, when it began, calls, seconds) for every block."""
 
@@ -237,6 +242,19 @@ def test_no_ratio_where_nothing_can_be_said():
         one = Machine(lambda now, rng=rng: math.exp(4 * rng.random())).compare(1.0, 1.0, budget=1.0, seed=seed)
         refused += one.strayed
     assert refused >= 15
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(1.2, False), (100.0, True)])
+def test_no_ratio_where_the_rival_collapses_now_and_then(factor, refused):
+    """Threads that wait for each other can; A and the control are then as quiet as ever."""
+    machine, rng = Machine(quiet(random.Random(0))), random.Random(1)
+
+    def rival(calls):
+        return timed(machine, 0.001 * (factor if rng.random() < 0.5 else 1.0))(calls)
+
+    ours = timed(machine, 0.001)
+    one = alternate(ours, rival, ours, budget=1.0, clock=lambda: machine.now)
+    assert one.strayed == refused and 0.9 < one.control_low <= one.control_high < 1.1
 
 
 def test_quantiles_are_of_the_first_side():

@@ -35,6 +35,7 @@ Numbers = dict[str, int]
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit code: 0, 2 without Triton, 3 where a law or the budget is broken."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--update", action="store_true", help="write the numbers found into kernel_budget.toml")
     parser.add_argument("--only", default="", help="cases whose name contains this text")

@@ -84,12 +84,15 @@ Show = Callable[[Happening | Beside], None]
 
 @dataclass(frozen=True)
 class Replicate:
+    """One seed's finished search."""
+
     seed: int
     path: Path
     rounds: tuple[Mapping[str, Any], ...]
 
     @property
     def ticket(self) -> Path:
+        """Its ticket file."""
         return self.path / "search.ticket"
 
 
@@ -102,14 +105,17 @@ class Search:
 
     @property
     def ticket(self) -> Path:
+        """The first replicate's ticket file."""
         return self.replicates[0].ticket
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
+        """Per round its result, as in ``find-ticket --json``: means where there are several replicates."""
         return _means([r.rounds for r in self.replicates])
 
     @property
     def winning_round(self) -> int | None:
+        """The winning ticket's round, by the means of all replicates, or None."""
         return winning_round([r.rounds for r in self.replicates])
 
     @functools.cached_property
@@ -238,7 +244,7 @@ def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | 
 
 
 def resume(
-    path: Path, *, data_dir: str | Path | None = None, log: Sequence[str] = (), show: Show = lambda _: None,
+    path: str | Path, *, data_dir: str | Path | None = None, log: Sequence[str] = (), show: Show = lambda _: None,
     stopped: Callable[[], int | None] = lambda: None,
 ) -> Search:  # fmt: skip
     """Go on with the search in the run directory ``path``, with the recipe it holds.
@@ -246,7 +252,7 @@ def resume(
     ``log`` as in ``run``: a run does not remember it, since it is about who looks on, not about the search.
     """
     log = sinks.check(log)
-    with Run.reopen(path) as directory:
+    with Run.reopen(Path(path)) as directory:
         recipe = directory.recipe
         source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
         return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), log, show, stopped, data_dir),))

@@ -40,6 +40,7 @@ class Saver:
         return time.monotonic() - self._saved >= max(self._every, 50 * self._cost)
 
     def state(self, event: InRound) -> None:
+        """Save where a round stands, in the background. Raises what the save before this one has met."""
         started = time.monotonic()
         self._settle()
         state = event.state()

@@ -37,6 +37,8 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class RoundStarted:
+    """A round begins, or goes on. Counts and density (kept / all weights) are those it trains with."""
+
     round: int
     kept: int
     prunable: int

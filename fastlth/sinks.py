@@ -21,9 +21,13 @@ Warn = Callable[[str], None]
 
 
 class Sink(Protocol):
-    def write(self, record: Record) -> None: ...
+    """Who gets every line of ``metrics.jsonl`` too."""
 
-    def close(self) -> None: ...
+    def write(self, record: Record) -> None:
+        """Take over one line."""
+
+    def close(self) -> None:
+        """Hand over what is still held back."""
 
 
 class TensorBoard:
@@ -109,6 +113,7 @@ class Sinks:
             self._guard(name, partial(self._open, name, run, recipe))
 
     def write(self, record: Record) -> None:
+        """Give a line to every sink; one that fails is told of and left out from then on."""
         for name, sink in list(self._sinks.items()):
             self._guard(name, partial(sink.write, record))
 

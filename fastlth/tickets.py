@@ -31,6 +31,7 @@ class LoadedTicket:
 
     @property
     def recipe(self) -> Recipe:
+        """The recipe of the search that found it."""
         return self.file.recipe
 
     @property

@@ -30,6 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Of fastlth, Python, torch and numpy."""
     return {
         "fastlth": fastlth.__version__,
         "python": platform.python_version(),

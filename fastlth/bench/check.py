@@ -84,6 +84,7 @@ def judge_ratio(row: Row, floors: Mapping[str, float]) -> Verdict:
 
 
 def ratio_name(row: Row) -> str:
+    """The name of a row's ratio in ``expected.toml``: what is compared with what, and for steps the density."""
     pair = [row["model"], row["dataset"]] if row["model"] else []
     density = [f"{row['density']:.3f}"] if row["subject"] == "step" else []
     return " ".join([row["subject"], *pair, row["path"], "vs", row["against"], *density])

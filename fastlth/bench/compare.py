@@ -48,6 +48,7 @@ class Subject:
 
     @property
     def verdict(self) -> str:
+        """slower, not slower or undecided."""
         return verdict(self.runs)
 
     @property
@@ -60,6 +61,7 @@ class Subject:
 
     @property
     def sentence(self) -> str:
+        """The verdict for people: the ratio of seconds, its 95 % interval, the control's, and how many pairs."""
         clean = [p for p in self.runs if not p.strayed]
         if not clean:
             return f"{self.model}: undecided, the machine is too noisy (base against itself was off in every run)"
@@ -73,6 +75,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Comparison:
+    """All models of one ``compare``."""
+
     subjects: tuple[Subject, ...]
 
     @property
@@ -82,10 +86,12 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """One for each model, for ``--json``."""
         return [s.row for s in self.subjects]
 
     @property
     def sentences(self) -> list[str]:
+        """One for each model."""
         return [s.sentence for s in self.subjects]
 
 

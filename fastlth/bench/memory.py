@@ -67,6 +67,7 @@ def _answer(path: str, process: subprocess.Popen[str]) -> int | None:
 
 
 def main() -> None:
+    """The process that is measured: argv[1] says which path, stdout ends with its peak in bytes, or null."""
     import torch
 
     from fastlth.bench import rounds, step

@@ -36,6 +36,7 @@ class Plain:
         self.batches = _forever(self.loader)
 
     def steps(self, count: int) -> None:
+        """Train on ``count`` batches, reading the loss after each."""
         self.model.train()
         total = 0.0
         for _ in range(count):
@@ -72,6 +73,7 @@ class Eager:
         self.order, self.at = torch.randperm(len(self.labels), device=self.device), 0
 
     def steps(self, count: int) -> None:
+        """Train on ``count`` batches; nothing is read back."""
         self.model.train()
         for _ in range(count):
             images, labels = self._batch()

@@ -92,11 +92,13 @@ class Ours:
         self._at = 0
 
     def prune(self, masks: Mapping[str, Tensor]) -> None:
+        """Start again from the initial weights under these masks."""
         self.engine.set_masks(masks)
         self.engine.rewind(self._start)
         self._at = 0
 
     def steps(self, count: int) -> None:
+        """Train ``count`` steps, going on where the last call ended."""
         while count:
             if self._at % ROWS == 0 and self._at:
                 self.engine.interval()

@@ -71,6 +71,7 @@ def check(tree: Path) -> None:
 
 
 def main() -> None:
+    """Speaks as the module's docstring says, until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; the worker ends with its input
     tree, model = Path(sys.argv[1]), sys.argv[2]
     answers = os.fdopen(os.dup(1), "w", buffering=1)

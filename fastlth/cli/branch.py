@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, Out, given, length
+from fastlth.cli.options import BatchSize, DataDir, Epochs, Iterations, Json, Lr, Out, Seed, given, length
 from fastlth.composition import compose, parse_setting
 from fastlth.errors import RecipeError
 from fastlth.experiments.control import KINDS, METHODS, Control
@@ -62,11 +62,11 @@ def prune_at_init(
     scope: Scope = None,
     images: Images = None,
     preset: Annotated[str | None, Opt(help="As find-ticket takes it.")] = None,
-    seed: Annotated[int | None, Opt(help="Seed of everything random (default: 0)")] = None,
-    iterations: Annotated[int | None, Opt("--iterations", "-i", help="Training steps.")] = None,
-    epochs: Annotated[float | None, Opt("--epochs", "-e", help="The same in passes over the data.")] = None,
-    batch_size: Annotated[int | None, Opt("--batch-size", "-b", help="Images per step.")] = None,
-    lr: Annotated[float | None, Opt("--lr", "-l", help="Learning rate.")] = None,
+    seed: Seed = None,
+    iterations: Iterations = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
     device: Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps")] = None,
     config: Annotated[Path | None, Opt(help="Settings from a TOML file; a run's recipe.toml works.")] = None,
     set_: Annotated[list[str] | None, Opt("--set", metavar="SECTION.KEY=VALUE", help="Any other setting.")] = None,

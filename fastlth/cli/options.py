@@ -11,6 +11,11 @@ import typer
 
 from fastlth.errors import RecipeError
 
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random (default: 0)")]
+Iterations = Annotated[int | None, typer.Option("--iterations", "-i", help="Training steps.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", "-e", help="The same in passes over the data.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per step.")]
+Lr = Annotated[float | None, typer.Option("--lr", "-l", help="Learning rate.")]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data lies or goes (default: $FASTLTH_DATA, else a cache)")
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, Out, given, length
+from fastlth.cli.options import BatchSize, DataDir, Epochs, Iterations, Json, Lr, Out, Seed, given, length
 from fastlth.composition import compose, parse_setting
 
 EXAMPLE = "Example: fastlth supermask lenet-300-100 mnist --method learned --rescale --signed-constant"
@@ -28,11 +28,11 @@ def supermask(
     samples: Annotated[int, Opt(help="learned: masks drawn for the final accuracy.")] = 10,
     keep: Annotated[float, Opt(help="edge-popup: share of each layer that is kept.")] = 0.5,
     preset: Annotated[str | None, Opt(help="paper, lecode or fast (default: paper where it covers the pair)")] = None,
-    seed: Annotated[int | None, Opt(help="Seed of everything random (default: 0)")] = None,
-    iterations: Annotated[int | None, Opt("--iterations", "-i", help="Training steps.")] = None,
-    epochs: Annotated[float | None, Opt("--epochs", "-e", help="The same in passes over the data.")] = None,
-    batch_size: Annotated[int | None, Opt("--batch-size", "-b", help="Images per step.")] = None,
-    lr: Annotated[float | None, Opt("--lr", "-l", help="Learning rate.")] = None,
+    seed: Seed = None,
+    iterations: Iterations = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
     device: Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps")] = None,
     set_: Annotated[list[str] | None, Opt("--set", metavar="SECTION.KEY=VALUE", help="Any other setting.")] = None,
     out: Out = Path("runs"),

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastlth.cli.options import Json, given
 from fastlth.composition import parse_setting
 from fastlth.errors import TicketError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastlth.analysis import LayerUnits
+    from fastlth.recipe import Recipe
+    from fastlth.store.ticket import Ticket
 
 app = typer.Typer(
     help="Look into ticket files, compare them, carry them to other programs and back.", no_args_is_help=True
@@ -26,75 +35,90 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Densities, kept weights per layer and round, one round's dead units and degrees, and where the bytes are."""
-    from rich.table import Table
-
-    from fastlth.analysis import collapses, net_units, unit_fields
+    from fastlth.analysis import collapses, net_units
     from fastlth.cli.show import console, json_document
     from fastlth.store.inspect import summary
     from fastlth.tickets import load_ticket
 
-    head, ticket = summary(file), load_ticket(file).file
-    rounds = range(len(ticket.rounds))
-    looked_at = max(len(rounds) - 1, 0) if round is None else round
+    sizes, ticket = summary(file).bytes, load_ticket(file).file
+    looked_at = max(len(ticket.rounds) - 1, 0) if round is None else round
     found = net_units(ticket.recipe, ticket.mask(looked_at))
-    layers: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "shape": list(at.shape),
-            "kept": [int(((at == 0) | (at > k)).sum()) for k in rounds],
-        }
-        for name, at in ticket.pruned_at.items()
-    ]
-    zeroed = [sum(int(((at > 0) & (at <= k)).sum()) for at in ticket.fill.values()) for k in rounds]
-    units = [{"name": name, **unit_fields(u)} for name, u in found.items()]
-    document = {
-        "rounds": len(ticket.rounds),
-        "densities": [ticket.density(k) for k in rounds],
-        "layers": layers,
-        "bytes": dict(head.bytes),
-        "recipe_digest": ticket.recipe.digest,
-        "model": ticket.recipe.model.name,
-        "dataset": ticket.recipe.data.name,
-        "rewind_iteration": ticket.rewind_iteration,
-        "criterion": ticket.recipe.prune.criterion,
-        "mask_1": ticket.recipe.prune.mask_1,
-        "mask_0": ticket.recipe.prune.mask_0,
-        "zeroed": zeroed,
-        "units": {"round": looked_at, "layers": units},
-    }
+    document = _inspected(ticket, sizes, looked_at, found)
     if json:
         json_document(document)
         return
     screen = console()
-    screen.print(f"{ticket.recipe.model.name} on {ticket.recipe.data.name}, seed {ticket.recipe.seeds.base}, "
-                 f"rewound to iteration {ticket.rewind_iteration:,}, recipe {ticket.recipe.digest[:8]}; "
-                 f"{head.bytes['file']:,} bytes: masks {head.bytes['masks']:,}, "
-                 f"rewind values {head.bytes['theta0']:,}", highlight=False)  # fmt: skip
-    prune = ticket.recipe.prune
+    _print_head(document, ticket.recipe, screen)
+    screen.print(_rounds_table(document))
+    screen.print(_units_table(document))
+    for name, what in collapses(found).items():
+        screen.print(f"warning: {name} {what}", highlight=False)
+
+
+def _inspected(
+    ticket: Ticket, sizes: Mapping[str, int], looked_at: int, found: Mapping[str, LayerUnits]
+) -> dict[str, Any]:
+    """The document of ``ticket inspect --json``."""
+    from fastlth.analysis import unit_fields
+
+    rounds, recipe = range(len(ticket.rounds)), ticket.recipe
+    return {
+        "rounds": len(rounds),
+        "densities": [ticket.density(k) for k in rounds],
+        "layers": [
+            {"name": name, "shape": list(at.shape), "kept": [int(((at == 0) | (at > k)).sum()) for k in rounds]}
+            for name, at in ticket.pruned_at.items()
+        ],
+        "bytes": dict(sizes),
+        "recipe_digest": recipe.digest,
+        "model": recipe.model.name,
+        "dataset": recipe.data.name,
+        "rewind_iteration": ticket.rewind_iteration,
+        "criterion": recipe.prune.criterion,
+        "mask_1": recipe.prune.mask_1,
+        "mask_0": recipe.prune.mask_0,
+        "zeroed": [sum(int(((at > 0) & (at <= k)).sum()) for at in ticket.fill.values()) for k in rounds],
+        "units": {"round": looked_at, "layers": [{"name": n, **unit_fields(u)} for n, u in found.items()]},
+    }
+
+
+def _print_head(document: Mapping[str, Any], recipe: Recipe, screen: Console) -> None:
+    sizes, zeroed, prune = document["bytes"], document["zeroed"], recipe.prune
+    screen.print(f"{recipe.model.name} on {recipe.data.name}, seed {recipe.seeds.base}, "
+                 f"rewound to iteration {document['rewind_iteration']:,}, recipe {recipe.digest[:8]}; "
+                 f"{sizes['file']:,} bytes: masks {sizes['masks']:,}, "
+                 f"rewind values {sizes['theta0']:,}", highlight=False)  # fmt: skip
     if prune.criterion != "large_final" or not prune.rewinds:
         zeros = f"; {zeroed[-1]:,} initial values zeroed" if prune.zeroes and zeroed else ""
         screen.print(f"criterion {prune.criterion}, mask-1 action {prune.mask_1}, mask-0 action {prune.mask_0}{zeros}",
                      highlight=False)  # fmt: skip
+
+
+def _rounds_table(document: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("round", justify="right")
-    table.add_column("density", justify="right")
-    for layer in layers:
-        table.add_column(layer["name"].removesuffix(".weight"), justify="right")
-    for k in rounds:
-        table.add_row(str(k), f"{ticket.density(k):.2%}", *(f"{layer['kept'][k]:,}" for layer in layers))
-    screen.print(table)
-    table = Table(title=f"round {looked_at}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("round", "density", *(layer["name"].removesuffix(".weight") for layer in document["layers"])):
+        table.add_column(column, justify="right")
+    for k, density in enumerate(document["densities"]):
+        table.add_row(str(k), f"{density:.2%}", *(f"{layer['kept'][k]:,}" for layer in document["layers"]))
+    return table
+
+
+def _units_table(document: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    units = document["units"]
+    table = Table(title=f"round {units['round']}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in ("layer", "units", "dead", "unread inputs", "kept on paths", "in-degree", "out-degree"):
         table.add_column(column, justify="left" if column == "layer" else "right")
-    for layer in units:
+    for layer in units["layers"]:
         degrees = (f"{layer[f'{d}_min']:,} / {layer[f'{d}_median']:,g} / {layer[f'{d}_max']:,}"
                    for d in ("in_degree", "out_degree"))  # fmt: skip
         counts = (layer[n] for n in ("units", "dead_units", "unread_inputs", "kept_on_paths"))
         cells = ("?" if n is None else f"{n:,}" for n in counts)  # not known where the net is no chain of layers
         table.add_row(layer["name"].removesuffix(".weight"), *cells, *degrees)
-    screen.print(table)
-    for name, what in collapses(found).items():
-        screen.print(f"warning: {name} {what}", highlight=False)
+    return table
 
 
 @app.command("verify", epilog="Example: fastlth ticket verify runs/lenet-300-100-digits-9c3fbc8d/r0/search.ticket")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, given, length
+from fastlth.cli.options import BatchSize, DataDir, Epochs, Iterations, Json, Lr, given, length
 from fastlth.composition import parse_setting
 
 EXAMPLE = "Example: fastlth transfer runs/lenet-300-100-mnist-c43be567/r0/search.ticket digits --round 7"
@@ -23,11 +23,11 @@ def transfer(
         bool, Opt("--random-ticket", help="The control: masks permuted over all layers, values drawn fresh.")
     ] = False,
     optimizer: Annotated[str | None, Opt(help="adam, adamw or sgd (default: the ticket's)")] = None,
-    lr: Annotated[float | None, Opt("--lr", "-l", help="Learning rate.")] = None,
+    lr: Lr = None,
     seed: Annotated[int | None, Opt(help="Seed of everything random (default: the ticket's)")] = None,
-    iterations: Annotated[int | None, Opt("--iterations", "-i", help="Training steps.")] = None,
-    epochs: Annotated[float | None, Opt("--epochs", "-e", help="The same in passes over the data.")] = None,
-    batch_size: Annotated[int | None, Opt("--batch-size", "-b", help="Images per step.")] = None,
+    iterations: Iterations = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
     device: Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps")] = None,
     set_: Annotated[list[str] | None, Opt("--set", metavar="SECTION.KEY=VALUE", help="Any other setting.")] = None,
     data_dir: DataDir = None,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from fastlth_kernels.colour import jitter
 from fastlth_kernels.philox import Key, philox
 from torch import Tensor
 
@@ -50,54 +51,12 @@ def lecode(images: Tensor, epoch: Where, position: Where, key: Key) -> Tensor:
     images: uint8 [B, 3, H, W]; the same shape comes back, with channels-last strides. Computed in float32 and
     rounded once at the end, where torchvision cuts off after every step.
     """
-    first, second, third, fourth = _draw(images, epoch, position, key)
-    turn, saturation = ((_unit(word) - 0.5) * 0.1 for word in (first, second))
-    saturate_first, mirrored, grey = third & 1 == 1, third >> 31 == 1, fourth < int(0.1 * 2**32)
-
-    colours = images.permute(0, 2, 3, 1).to(torch.float32) / 255
-    colours = torch.where(_wide(saturate_first), _saturate(colours, saturation + 1), colours)
-    colours = _turn_hue(colours, turn)
-    colours = torch.where(_wide(saturate_first), colours, _saturate(colours, saturation + 1))
-    colours = torch.where(_wide(mirrored), colours.flip(2), colours)
-    colours = torch.where(_wide(grey), _luma(colours).expand_as(colours), colours)
-    return (colours * 255).round().to(torch.uint8).permute(0, 3, 1, 2)
-
-
-def _unit(word: Tensor) -> Tensor:
-    """A word as float32 in [0, 1): its 24 upper bits, which float32 holds exactly."""
-    return (word >> 8).to(torch.float32) / 2**24
+    words = _draw(images, epoch, position, key)
+    return jitter(images.permute(0, 2, 3, 1), words).permute(0, 3, 1, 2)
 
 
 def _wide(values: Tensor) -> Tensor:
     return values[:, None, None, None]
-
-
-def _luma(colours: Tensor) -> Tensor:
-    red, green, blue = colours.unbind(-1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue)[..., None]
-
-
-def _saturate(colours: Tensor, factor: Tensor) -> Tensor:
-    """Away from grey (factor above 1) or towards it; colours float32 [B, H, W, 3] in [0, 1]."""
-    return (_wide(factor) * colours + (1 - _wide(factor)) * _luma(colours)).clamp(0, 1)
-
-
-def _turn_hue(colours: Tensor, turn: Tensor) -> Tensor:
-    """Hue plus ``turn`` [B] (1 is a full circle), value and saturation kept; grey stays grey.
-
-    With hue h in sixths, channel n of (5, 3, 1) is value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6.
-    """
-    red, green, blue = colours.unbind(-1)
-    value, low = colours.amax(-1), colours.amin(-1)
-    chroma = value - low
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    sixth = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    k = torch.remainder(torch.stack([n + sixth + 6 * turn[:, None, None] for n in (5, 3, 1)], -1), 6)
-    return value[..., None] - chroma[..., None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 AUGMENT: dict[str, Callable[[Tensor, Where, Where, Key], Tensor]] = {

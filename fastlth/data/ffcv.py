@@ -66,6 +66,7 @@ class FfcvLoader:
         self._end: weakref.finalize[Any, Any] | None = None
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """As ``Loader.batches``. Raises EnvironmentFailure where FFCV's reading thread has died."""
         for iteration in range(first, last):
             epoch, start, _ = self._order.place(iteration)
             if iteration != self._next or start == 0:

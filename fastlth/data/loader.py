@@ -12,6 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Batch:
+    """Images as a loader gives them, not yet augmented, and their labels."""
+
     images: Tensor
     """uint8 [B, C, H, W], an NHWC buffer seen as NCHW (channels-last strides)"""
     labels: Tensor
@@ -22,6 +24,8 @@ class Batch:
 
 
 class Loader(Protocol):
+    """Gives the training images in an order of (seed, epoch) alone."""
+
     iterations_per_epoch: int
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:

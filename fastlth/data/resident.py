@@ -35,6 +35,7 @@ class ResidentLoader:
         self._rows: Tensor = torch.empty(0, dtype=torch.int32, device=device)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """As ``Loader.batches``; each batch is a new tensor on the device."""
         for iteration in range(first, last):
             epoch, start, end = self._order.place(iteration)
             if epoch != self._epoch:

@@ -31,6 +31,8 @@ from fastlth.errors import DataError
 
 @dataclass(frozen=True)
 class Images:
+    """The images of a split and their labels, 0 to classes - 1."""
+
     pixels: NDArray[np.uint8]
     """[N, H, W, C]"""
     labels: NDArray[np.int64]
@@ -39,6 +41,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Source:
+    """A data set as it comes: its training and its test images."""
+
     name: str
     train: Images
     test: Images

@@ -38,6 +38,8 @@ UNMEASURED = (
 
 @dataclass(frozen=True)
 class Imported:
+    """What ``import_ticket`` made."""
+
     ticket: Ticket
     notes: tuple[str, ...]
     """sentences a user should read: where the rewind values come from"""

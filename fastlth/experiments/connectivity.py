@@ -156,6 +156,7 @@ class _Copies:
         self.folder = bench.path / "connectivity"
 
     def compare(self, round: int) -> dict[str, Any]:
+        """Train both copies on a round's mask and go along the line between them: the round's entry in ``--json``."""
         masks, plan, density = self._ticket.mask(round), self._plan, self._ticket.file.density(round)
         states, scores = [], []
         for copy, seed in enumerate(plan.seeds):

@@ -42,6 +42,8 @@ _MASK = {"format": "fastlth mask", "schema": "1"}
 
 @dataclass(frozen=True)
 class TrialStarted:
+    """A training begins, or goes on."""
+
     trial: Trial
     density: float
     iteration: int
@@ -50,6 +52,8 @@ class TrialStarted:
 
 @dataclass(frozen=True)
 class TrialFinished:
+    """``result`` is as in ``find-ticket --json``."""
+
     trial: Trial
     result: Mapping[str, Any]
 
@@ -82,6 +86,7 @@ class Trial:
 
     @property
     def folder(self) -> Path:
+        """Where it keeps what it has."""
         return self.branch / f"round-{self.round}" / f"trial-{self.number}"
 
     def result(self) -> dict[str, Any] | None:
@@ -115,6 +120,7 @@ class Trial:
         return {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
 
     def drop_trained(self) -> None:
+        """Remove the trained net that ``keep`` left, if it is there."""
         atomic.delete(weights.path(self.folder, self.round))
 
     def run(

@@ -101,6 +101,7 @@ class Workbench:
         return trial.trained(whole)
 
     def full_masks(self) -> Masks:
+        """Masks that keep everything."""
         return mask_tools.full({n: torch.empty(s) for n, s in self.prunable.items()})
 
 

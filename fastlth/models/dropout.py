@@ -29,6 +29,7 @@ class Dropout(nn.Module):
         self.register_buffer("place", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features [B, F] with a share of them zero and the others divided by what is left, in training."""
         if not self.keyed or not self.training:
             return F.dropout(x, self.rate, self.training)
         kept = self._words(x.shape[0], x.shape[1]) >= round(self.rate * 2**32)

@@ -31,6 +31,8 @@ Item = Figure | Table | Code
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and what stands below it."""
+
     title: str
     items: tuple[Item, ...]
     note: str = ""
@@ -38,6 +40,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """A report before it is written as a page or as markdown."""
+
     title: str
     lead: tuple[str, ...]
     """what one should know first, a sentence each"""
@@ -45,4 +49,5 @@ class Document:
 
     @property
     def figures(self) -> list[Figure]:
+        """All figures of all sections, in order."""
         return [item for s in self.sections for item in s.items if isinstance(item, Curves | Matrices)]

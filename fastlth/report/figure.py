@@ -16,6 +16,8 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True)
 class Axis:
+    """What an axis shows, and how it is scaled and labelled."""
+
     label: str
     """what a person reads"""
     column: str
@@ -71,6 +73,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
+    """A line of points with its name and look; ``legend`` False: it is explained elsewhere."""
+
     label: str
     points: tuple[Point, ...]
     look: Look = field(default_factory=Look)
@@ -79,6 +83,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
+    """One pair of axes with its lines."""
+
     title: str
     series: tuple[Series, ...]
 
@@ -97,10 +103,12 @@ class Curves:
 
     @property
     def empty(self) -> bool:
+        """Whether no line has a point."""
         return not any(s.points for p in self.panels for s in p.series)
 
     @property
     def header(self) -> tuple[str, ...]:
+        """The columns of the CSV file."""
         return ("panel", "series", self.x.column, self.y.column, "low", "high", "replicates")
 
     def rows(self) -> Iterable[tuple[Cell, ...]]:
@@ -141,19 +149,23 @@ class Matrices:
 
     @property
     def empty(self) -> bool:
+        """Whether no panel has a label."""
         return not any(p.labels for p in self.panels)
 
     @property
     def header(self) -> tuple[str, ...]:
+        """The columns of the CSV file."""
         return ("panel", f"{self.label} a", f"{self.label} b", self.column)
 
     def rows(self) -> Iterable[tuple[Cell, ...]]:
+        """What the CSV file holds, exactly."""
         for panel in self.panels:
             for a, line in zip(panel.labels, panel.values, strict=True):
                 for b, value in zip(panel.labels, line, strict=True):
                     yield (panel.title, a, b, value)
 
     def texts(self) -> Iterable[tuple[str, ...]]:
+        """The same rows as a person reads them."""
         for panel, a, b, value in self.rows():
             assert isinstance(value, float)
             yield (str(panel), str(a), str(b), f"{100 * value:.2f} %")

@@ -38,6 +38,7 @@ class Progress:
 
     @property
     def finished(self) -> bool:
+        """Whether the search has nothing left to train."""
         return over(self.recipe, self.rounds)
 
 
@@ -83,6 +84,7 @@ def find(path: Path) -> Path:
 
 
 def read(folder: Path) -> Progress:
+    """What the files of a run say now. Raises TicketError where its recipe cannot be read."""
     recipe, _ = read_recipe(folder / RECIPE)
     lines = list(records(folder / METRICS))
     rounds = tuple(line for line in lines if line.get("event") == "round")

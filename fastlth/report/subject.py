@@ -30,6 +30,8 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Replicate:
+    """One seed's run, as its files tell it."""
+
     seed: int
     path: Path
     rounds: tuple[Result, ...]
@@ -52,6 +54,7 @@ class Subject:
 
     @property
     def title(self) -> str:
+        """Model and data set."""
         return f"{self.recipe.model.name} on {self.recipe.data.name}"
 
     @property
@@ -65,6 +68,7 @@ class Subject:
         return winning_round([r.rounds for r in self.replicates])
 
     def results(self, round: int) -> list[Result]:
+        """The round's result of each replicate that has finished it."""
         return [r.rounds[round] for r in self.replicates if round < len(r.rounds)]
 
     def values(self, round: int, field: str) -> list[float | None]:

@@ -38,6 +38,7 @@ class Measured:
 
     @property
     def key(self) -> Key:
+        """What it has in common with the other measurements of one sitting."""
         return self.when, self.commit, self.machine
 
 

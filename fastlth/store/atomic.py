@@ -40,24 +40,29 @@ def explain(error: OSError, path: Path) -> FastlthError:
 
 
 def open_new(path: Path) -> int:
+    """A file descriptor to write to a file that must not exist yet; these five raise OSError."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def write_all(fd: int, data: Buffer) -> None:
+    """Write every byte, however many calls that takes."""
     view = memoryview(data)  # of single bytes
     while view:
         view = view[os.write(fd, view) :]
 
 
 def sync(fd: int) -> None:
+    """Make what was written to a file survive a power cut."""
     os.fsync(fd)
 
 
 def replace(source: Path, target: Path) -> None:
+    """Rename over whatever ``target`` is, in one step."""
     os.replace(source, target)
 
 
 def remove(path: Path) -> None:
+    """Remove a file."""
     os.unlink(path)
 
 

@@ -51,12 +51,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Header:
+    """Where each array lies in a file, and the file's metadata."""
+
     slots: dict[str, Slot]
     metadata: dict[str, str]
     file_bytes: int
 
 
 def damaged(path: Path, why: object) -> TicketError:
+    """The error for a file that is not as it was written."""
     return TicketError(f"{path} is damaged or not a fastlth file ({why}); "
                        "use another copy of it, or search again with --fresh")  # fmt: skip
 

@@ -101,10 +101,12 @@ class Run:
 
     @property
     def metrics_path(self) -> Path:
+        """Every event of the search, a line each."""
         return self.path / METRICS
 
     @property
     def ticket_path(self) -> Path:
+        """All finished rounds."""
         return self.path / TICKET
 
     def write_recipe(self, recipe: Recipe, resolved: Mapping[str, Any]) -> None:

@@ -56,6 +56,7 @@ class Resolved:
     images_per_second: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
+        """As it is written under ``[resolved]`` in recipe.toml."""
         return {**dataclasses.asdict(self.compute), "images_per_second": self.images_per_second}
 
 

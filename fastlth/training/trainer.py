@@ -41,10 +41,12 @@ class Progress:
     """an early bird has ended the round at ``iteration``"""
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, for the saved state."""
         return asdict(self)
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Progress:
+        """The inverse."""
         return Progress(**values)
 
 

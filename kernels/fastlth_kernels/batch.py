@@ -2,27 +2,31 @@
 
     out[j, c, y, x] = table[c, image[rows[j]][y', x', c]]     (y', x') = shifted, mirrored (y, x); black outside
 
-Gather, shift by -4..4 pixels each way, mirror, normalise by looking up, cast, channels last, labels. Image j draws
-words of Philox counter (position + j, 0, epoch, 0), so its fate depends on its place in the epoch and nothing else, and
-CPU and GPU give equal bits. Per pixel 1 byte is read and one number written; as a sequence of PyTorch calls about ten
-times that.
+Gather, shift by -4..4 pixels each way, mirror, normalise by looking up, cast, channels last, labels; or ``lecode``:
+colour jitter (``colour.py``) and mirror, no shift. Image j draws words of Philox counter (position + j, 0, epoch, 0),
+so its fate depends on its place in the epoch and nothing else, and CPU and GPU give equal bits. Per value 1 byte is
+read and one number written; as a sequence of PyTorch calls about ten times that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .colour import GREY, jitter, jittered
 from .launch import AotCase, cdiv, jit, on_gpu, tl
 from .philox import philox
 from .philox_triton import philox_words
 
 PAD = 4
-AUGMENTS = ("none", "flip-crop")
+AUGMENTS = ("none", "flip-crop", "lecode")
 _BLOCK = 1024
+_COLOUR_BLOCK = 256
+_EXACT = {"enable_fp_fusion": False}  # a * b + c is rounded twice, as PyTorch's two operations are
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
@@ -32,8 +36,10 @@ def _reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     images = pixels.index_select(0, rows)
     count, height, width, channels = images.shape
+    place = torch.arange(count, device=rows.device) + position
+    if augment == "lecode":
+        images = jitter(images, philox(place, 0, epoch, 0, (key[0], key[1])))
     if augment == "flip-crop":
-        place = torch.arange(count, device=rows.device) + position
         w0, w1, w2, _ = philox(place, 0, epoch, 0, (key[0], key[1]))
         down, right = ((word * (2 * PAD + 1)) >> 32 for word in (w0, w1))
         y = torch.arange(height, device=rows.device)[None, :] + down[:, None]
@@ -73,13 +79,42 @@ def _batch_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_labels + j, tl.load(labels + row))
 
 
+@jit
+def _colour_kernel(  # type: ignore[no-untyped-def]
+    pixels, labels, rows, table, epoch, position, out, out_labels, key0, key1,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, GREY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A pixel with its three channels at a time, where ``_batch_kernel`` takes single values."""
+    j = tl.program_id(0)
+    row = tl.load(rows + j).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < HEIGHT * WIDTH
+    w0, w1, w2, w3 = philox_words(tl.load(position) + j, 0, tl.load(epoch), key0, key1)
+    x = at % WIDTH
+    mirrored = tl.where((w2 >> 31) == 1, WIDTH - 1 - x, x)
+    source = pixels + row * (HEIGHT * WIDTH * 3) + (at - x + mirrored) * 3
+    red, green = tl.load(source, mask=inside, other=0), tl.load(source + 1, mask=inside, other=0)
+    red, green, blue = jittered(red, green, tl.load(source + 2, mask=inside, other=0), w0, w1, w2, w3, GREY)
+    target = out + j.to(tl.int64) * (HEIGHT * WIDTH * 3) + at * 3
+    tl.store(target, tl.load(table + red, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + 1, tl.load(table + 256 + green, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + 2, tl.load(table + 512 + blue, mask=inside, other=0.0).to(out.dtype.element_ty), mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(out_labels + j, tl.load(labels + row))
+
+
 def _launch(
     pixels: Tensor, labels: Tensor, rows: Tensor, table: Tensor, epoch: Tensor, position: Tensor,
     key: Sequence[int], augment: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, out_labels = _empty(pixels, labels, rows, dtype)
     height, width, channels = pixels.shape[1:]
-    if len(rows) and pixels.numel():
+    if augment == "lecode" and len(rows) and pixels.numel():
+        _colour_kernel[(len(rows), cdiv(height * width, _COLOUR_BLOCK))](
+            pixels, labels, rows, table, epoch, position, out, out_labels, *key,
+            HEIGHT=height, WIDTH=width, GREY=GREY, BLOCK=_COLOUR_BLOCK, num_warps=4, **_EXACT,
+        )  # fmt: skip
+    elif len(rows) and pixels.numel():
         _batch_kernel[(len(rows), cdiv(height * width * channels, _BLOCK))](
             pixels, labels, rows, table, epoch, position, out, out_labels, *key,
             HEIGHT=height, WIDTH=width, CHANNELS=channels, PAD=PAD, AUGMENT=augment == "flip-crop", BLOCK=_BLOCK,
@@ -102,8 +137,8 @@ def assemble_batch(
 
     The images are dtype [B, C, H, W] with channels-last strides. pixels: uint8 [N, H, W, C]; labels: int64 [N]; rows:
     int32 or int64 [B], each in 0..N-1 (not checked on a GPU); table: fp32 [C, 256]; epoch, position: int64, 0-d, on
-    the device; key: two integers below 2^32; augment: none or flip-crop; dtype: fp32, bf16 or fp16. Raises ValueError
-    otherwise.
+    the device; key: two integers below 2^32; augment: none, flip-crop or lecode (C = 3); dtype: fp32, bf16 or fp16.
+    Raises ValueError otherwise.
     """
     if pixels.dtype != torch.uint8 or pixels.dim() != 4 or not pixels.is_contiguous():
         raise ValueError(f"pixels must be contiguous uint8 [N, H, W, C], not {_seen(pixels)}")
@@ -115,6 +150,8 @@ def assemble_batch(
         raise ValueError(f"labels must be contiguous int64 [{len(pixels)}], not {_seen(labels)}")
     if augment not in AUGMENTS or dtype not in _TYPES:
         raise ValueError(f"augment {augment!r} must be one of {AUGMENTS}, dtype {dtype} fp32, bf16 or fp16")
+    if augment == "lecode" and pixels.shape[3] != 3:
+        raise ValueError(f"augment 'lecode' changes colours: images must have 3 channels, not {pixels.shape[3]}")
     if not on_gpu(pixels):
         return _reference(pixels, labels, rows, table, epoch, position, key, augment, dtype)
     with torch.cuda.device(pixels.device):
@@ -140,18 +177,24 @@ def batch_bytes(images: int, shape: tuple[int, int, int], itemsize: int) -> int:
 
 
 def aot_cases() -> list[AotCase]:
-    """CIFAR-10 augmented, in fp32 and bf16, and MNIST as it is."""
-    cases = []
-    for name, shape, augment, dtype in (
-        ("cifar fp32", (32, 32, 3), True, torch.float32), ("cifar bf16", (32, 32, 3), True, torch.bfloat16),
-        ("mnist fp32", (28, 28, 1), False, torch.float32),
-    ):  # fmt: skip
+    """CIFAR-10 shifted, in fp32 and bf16, and with other colours; MNIST as it is."""
+    aligned = ("pixels", "labels", "rows", "table", "out", "out_labels")
+
+    def case(
+        name: str, kernel: Any, dtype: torch.dtype, constants: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> AotCase:
         signature = {
             "pixels": "*u8", "labels": "*i64", "rows": "*i64", "table": "*fp32", "epoch": "*i64", "position": "*i64",
             "out": _TYPES[dtype], "out_labels": "*i64", "key0": "i64", "key1": "i64",
         }  # fmt: skip
-        sizes = dict(zip(("HEIGHT", "WIDTH", "CHANNELS"), shape, strict=True))
-        constants = {**sizes, "PAD": PAD, "AUGMENT": augment, "BLOCK": _BLOCK}
-        aligned = ("pixels", "labels", "rows", "table", "out", "out_labels")
-        cases.append(AotCase(f"assemble_batch {name}", _batch_kernel, signature, constants, aligned))
-    return cases
+        return AotCase(f"assemble_batch {name}", kernel, signature, constants, aligned, options=options)
+
+    cifar = {"HEIGHT": 32, "WIDTH": 32}
+    shifted = {**cifar, "CHANNELS": 3, "PAD": PAD, "AUGMENT": True, "BLOCK": _BLOCK}
+    plain = {"HEIGHT": 28, "WIDTH": 28, "CHANNELS": 1, "PAD": PAD, "AUGMENT": False, "BLOCK": _BLOCK}
+    return [
+        case("cifar fp32", _batch_kernel, torch.float32, shifted, {}),
+        case("cifar bf16", _batch_kernel, torch.bfloat16, shifted, {}),
+        case("mnist fp32", _batch_kernel, torch.float32, plain, {}),
+        case("colours fp32", _colour_kernel, torch.float32, {**cifar, "GREY": GREY, "BLOCK": _COLOUR_BLOCK}, _EXACT),
+    ]

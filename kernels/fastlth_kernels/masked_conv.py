@@ -28,6 +28,7 @@ from .masked_conv_kernels import result_size
 
 
 def reference(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """y [B, O, P, Q] of images [B, C, H, W], w [O, C, KH, KW], bits int32 [O, KH, KW, ceil(C / 32)] and bias [O]."""
     own = None if bias is None else bias.to(x.dtype)
     return _channels_last(F.conv2d(x, _masked(w, bits).to(x.dtype), own, stride, padding))
 
@@ -35,6 +36,7 @@ def reference(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None, stride: i
 def reference_input_grad(
     dy: Tensor, w: Tensor, bits: Tensor, height: int, width: int, stride: int, padding: int
 ) -> Tensor:
+    """dx [B, C, height, width] of dy [B, O, P, Q]."""
     size = (dy.shape[0], w.shape[1], height, width)
     masked = _masked(w, bits).to(dy.dtype)
     dx = conv2d_input(size, masked, dy, stride, padding)  # type: ignore[no-untyped-call]
@@ -42,6 +44,7 @@ def reference_input_grad(
 
 
 def reference_weight_grad(dy: Tensor, x: Tensor, w: Tensor, bits: Tensor, stride: int, padding: int) -> Tensor:
+    """dw of w's shape and type, +0.0 where pruned."""
     images, g = x.to(w.dtype), dy.to(w.dtype)
     dw = conv2d_weight(images, list(w.shape), g, stride, padding)  # type: ignore[no-untyped-call]
     return _channels_last(_masked(dw, bits))

@@ -24,6 +24,7 @@ from .masked_linear_kernels import aot_cases as aot_cases
 
 
 def reference(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """y [R, B, N] of x [R, B, K], w [R, N, K], bits int32 [R, N, ceil(K / 32)] and bias [R, N]."""
     y = torch.bmm(x, _masked(w, bits).to(x.dtype).mT)
     if bias is not None:
         y = y + bias.to(x.dtype)[:, None]
@@ -31,12 +32,14 @@ def reference(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None = None, re
 
 
 def reference_input_grad(dy: Tensor, y: Tensor | None, w: Tensor, bits: Tensor) -> Tensor:
+    """dx [R, B, K] of dy [R, B, N]; ``y`` is given where a ReLU followed."""
     return torch.bmm(_through_relu(dy, y), _masked(w, bits).to(dy.dtype))
 
 
 def reference_weight_grad(
     dy: Tensor, y: Tensor | None, x: Tensor, w: Tensor, bits: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """dw of w's shape and type, +0.0 where pruned, and db [R, N], or [R, 0] without bias."""
     g = _through_relu(dy, y).to(w.dtype)
     db = g.sum(1) if bias else g.new_empty(len(g), 0)
     return _masked(torch.bmm(g.mT, x.to(w.dtype)), bits), db

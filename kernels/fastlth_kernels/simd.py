@@ -45,6 +45,7 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def element_of(dtype: Any) -> Any:
+    """LLVM's type of one lane."""
     return ir.DoubleType() if dtype == types.float64 else ir.FloatType()
 
 
@@ -53,15 +54,18 @@ def _llvm(vector: Vector) -> Any:
 
 
 def constant(kind: Any, value: float) -> Any:
+    """A vector of LLVM's type ``kind`` with ``value`` in every lane."""
     return ir.Constant(kind, [value] * kind.count)
 
 
 def splatted(b: Any, scalar: Any, count: int) -> Any:
+    """A vector of ``count`` lanes, each ``scalar``."""
     lone = b.insert_element(ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, ir.Constant(I32, 0))
     return b.shuffle_vector(lone, lone, ir.Constant(ir.VectorType(I32, count), [0] * count))
 
 
 def shuffled(b: Any, x: Any, y: Any, lanes: list[int]) -> Any:
+    """Lanes of x and y put together: lane i is number lanes[i] of x, or of y counted on from x's end."""
     return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
@@ -268,6 +272,7 @@ def _by_16(b: Any, name: str, x: Any) -> Any:
 
 
 def joined(b: Any, parts: list[Any]) -> Any:
+    """The parts, a power of two of them, behind one another as one vector."""
     while len(parts) > 1:
         width = 2 * parts[0].type.count
         parts = [shuffled(b, x, y, list(range(width))) for x, y in zip(parts[::2], parts[1::2], strict=True)]

@@ -9,9 +9,11 @@ import sys
 import pytest
 
 from fastlth.bench import memory, rounds, step
-from fastlth.bench.subject import masks_of_round, random_source, recipe_for
+from fastlth.bench.rivals import Eager
+from fastlth.bench.subject import Ours, masks_of_round, random_source, recipe_for
 from fastlth.composition import compose
 from fastlth.errors import EnvironmentFailure
+from fastlth.training.engines.dense import DenseEngine
 from tests.helpers import CPU
 
 MB = 1_000_000
@@ -50,14 +52,44 @@ def test_a_path_that_fails_is_named():
         memory.peak_bytes(small(), "step", ["sideways"])
 
 
+def weights_of(steps):
+    """A copy of the weights that ``steps``, a path's work, trains."""
+    trained = steps.__self__
+    now = trained.engine.weights() if isinstance(trained, Ours) else trained.model.state_dict()
+    return {name: tensor.clone() for name, tensor in now.items()}
+
+
 @pytest.mark.parametrize("path", ["ours", step.OUR_DENSE, "eager", "plain"])
-def test_every_path_of_a_step_can_be_built_alone(path):
+def test_every_path_of_a_step_alone_trains_the_kept_weights(path):
     recipe = small()
-    step.work(recipe, random_source("digits", images=400), path, masks_of_round(recipe, 2)[0])(2)
+    masks, _ = masks_of_round(recipe, 2)
+    steps = step.work(recipe, random_source("digits", images=400), path, masks)
+    before = weights_of(steps)
+    steps(2)
+    after = weights_of(steps)
+    for name, mask in masks.items():
+        changed = after[name] != before[name]
+        assert changed[mask].float().mean() > 0.5, name
+        assert not after[name][~mask].any(), name
 
 
 @pytest.mark.parametrize("path", ["ours", "eager"])
-def test_every_path_of_a_round_can_be_built_alone(path):
+def test_every_path_of_a_round_alone_trains_and_evaluates_as_a_search(path, monkeypatch):
     recipe = rounds.with_validation(small())
     assert recipe.data.validation == 300
-    rounds.work(recipe, rounds.source(recipe), path, interval=2)(1)
+    source = rounds.source(recipe)
+    sizes = {300: "validation", len(source.test.labels): "test"}
+    assert len(sizes) == 2
+    done = []
+
+    def told(owner, name, says):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, *given: done.append(says(*given)) or whole(self, *given))
+
+    told(Ours, "steps", lambda count: count)
+    told(Eager, "steps", lambda count: count)
+    told(DenseEngine, "evaluate", lambda split: split)
+    told(Eager, "evaluate", lambda images, labels: sizes[len(labels)])
+    rounds.work(recipe, source, path, interval=2)(5)
+    one = [2, "validation"]
+    assert done == [*one, "test", *one, *one, *one, *one, "test"]  # the test set at every fourth evaluation

@@ -11,6 +11,8 @@ Still hidden: TF32 (``input_precision``), contraction to fma, ``div`` that is no
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -40,19 +42,27 @@ def interpreter() -> Iterator[None]:
     """Within the block, ``kernel[grid](...)`` is interpreted; afterwards Triton is as it was."""
     if BROKEN:
         pytest.skip(f"Triton {triton.__version__}'s interpreter fails with numpy {np.__version__}")
-    builder = stock.InterpreterBuilder
+    builder, patch_language = stock.InterpreterBuilder, stock._patch_lang
+    interpreted = functools.cache(stock.InterpretedFunction)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return stock.InterpretedFunction(self.fn).run(*args, **kwargs)
+        return interpreted(self.fn).run(*args, **kwargs)
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return stock.InterpretedFunction(self.fn)(*args, **kwargs)
+        return interpreted(self.fn)(*args, **kwargs)
+
+    @functools.cache
+    def patch_once(fn: Any) -> Any:
+        """Triton would patch its language at every launch and at every call from a kernel: a fifth of the time."""
+        patch_language(fn)
+        return types.SimpleNamespace(restore=lambda: None)  # the end of the block restores
 
     touched = [tl, tl.core, tl.math, tl.standard, tl.random, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
     before = [dict(vars(thing)) for thing in touched]
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(JITFunction, "__call__", call),
+        mock.patch.object(stock, "_patch_lang", patch_once),
         mock.patch.object(builder, "cast_impl", _cast),
         mock.patch.object(builder, "create_fp_to_fp", lambda self, src, to, rounding: _cast(self, src, to)),
         mock.patch.object(builder, "create_dot", _dot(builder.create_dot)),

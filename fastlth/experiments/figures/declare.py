@@ -159,6 +159,8 @@ class Stated:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
+    """A figure of a paper: what is trained for it, what is drawn of that, and what the paper states."""
+
     name: str
     what: str
     """one line for the list"""

@@ -33,6 +33,7 @@ def lenet(
     *follow: Follow, rounds: int = 26, label: str = "tickets", settings: Mapping[str, Any] | None = None,
     replicates: int = 5, published: bool = True, short_rounds: int | None = 18, needs: str = "",
 ) -> Arm:  # fmt: skip
+    """LeNet-300-100 on MNIST, as in the paper's preset: ``rounds`` prunings, then what follows from the tickets."""
     return Arm(
         label=label, panel="LeNet", model="lenet-300-100", dataset="mnist", rounds=rounds, replicates=replicates,
         settings={"evaluate.test": "always", **(settings or {})}, follow=follow, published=published,
@@ -42,6 +43,7 @@ def lenet(
 
 def conv(model: str, *follow: Follow, label: str = "tickets", preset: str = "paper", replicates: int = 5,
          settings: Mapping[str, Any] | None = None, published: bool = True, small: bool = True) -> Arm:  # fmt: skip
+    """Conv-2, -4 or -6 on CIFAR-10, 21 prunings at the rates of the preset."""
     return Arm(
         label=label, panel=model.capitalize(), model=model, dataset="cifar-10", preset=preset, rounds=CONV_ROUNDS,
         replicates=replicates, settings=settings or {}, follow=follow, published=published, small=small,
@@ -50,6 +52,7 @@ def conv(model: str, *follow: Follow, label: str = "tickets", preset: str = "pap
 
 def vgg(lr: float, warmup: int, *follow: Follow, panel: str, label: str = "tickets", replicates: int = 3,
         scope: str = "global") -> Arm:  # fmt: skip
+    """VGG-19 on CIFAR-10, 32 prunings, at a learning rate with so many iterations of warm-up."""
     return Arm(
         label=label, panel=panel, model="vgg19", dataset="cifar-10", rounds=32, replicates=replicates, follow=follow,
         settings={"train.lr": lr, "schedule.warmup": warmup, "prune.scope": scope, "evaluate.test": "always"},

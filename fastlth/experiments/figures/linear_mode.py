@@ -33,6 +33,7 @@ STEPS = {
 
 
 def net(model: str, *follow: Follow, rounds: int = 0, drawn: bool = False) -> Arm:
+    """The search in a net's tickets; ``rounds`` 0: the dense net alone, of which copies are then trained."""
     panel, dataset, settings = NETS[model]
     return Arm(label="tickets", panel=panel, model=model, dataset=dataset, settings=settings, rounds=rounds,
                replicates=3, follow=follow, drawn=drawn, short_rounds=rounds)  # fmt: skip

@@ -19,6 +19,7 @@ REPLICATION = {0: 0.9258, 7: 0.9286, 10: 0.9267, 14: 0.9307, 18: 0.9288, 21: 0.9
 
 
 def vgg(panel: str, dataset: str, settings: Mapping[str, Any], *follow: Follow) -> Arm:
+    """VGG-19's search on a data set: 30 rounds, then what is trained with its tickets elsewhere."""
     return Arm(label="own tickets", panel=panel, model="vgg19", dataset=dataset, settings=settings, rounds=30,
                replicates=6, follow=follow)  # fmt: skip
 

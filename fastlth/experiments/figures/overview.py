@@ -15,6 +15,8 @@ from fastlth.experiments.figures.work import trainings
 
 @dataclass(frozen=True)
 class Row:
+    """A line of ``fastlth reproduce --list``."""
+
     name: str
     what: str
     source: str
@@ -25,12 +27,14 @@ class Row:
 
     @property
     def remark(self) -> str:
+        """What cannot be trained yet, or nothing."""
         if not self.needs:
             return ""
         needs = " and ".join(self.needs)
         return f"needs {needs}" if self.trainings is None else f"without what needs {needs}"
 
     def to_json(self) -> dict[str, Any]:
+        """The row of ``reproduce --list --json``."""
         return {**asdict(self), "needs": list(self.needs)}
 
 

@@ -25,6 +25,7 @@ CONTROLS = (
 
 
 def resnet(label: str, rewind_to: int, *follow: Follow) -> Arm:
+    """ResNet-20 on CIFAR-10, ten global prunings of 20 %, rewound to iteration ``rewind_to``."""
     return Arm(
         label=label, panel="ResNet-20", model="resnet-20", dataset="cifar-10", rounds=10, replicates=3, follow=follow,
         settings={

@@ -41,6 +41,7 @@ class Job:
     """an iteration of the paper is this many here"""
 
     def iteration(self, papers: int) -> int:
+        """An iteration of the paper at this scale."""
         return round(papers * self.ratio)
 
 

@@ -45,6 +45,7 @@ MASKS = {
 
 
 def search(model: str, label: str, given: Mapping[str, Any], panel: str = "{}") -> Arm:
+    """A search with the settings ``given``; ``{}`` in the panel's name stands for the net."""
     name, dataset, length, _ = NETS[model]
     return Arm(
         label=label, panel=panel.format(name), model=model, dataset=dataset, rounds=ROUNDS, replicates=REPLICATES,
@@ -53,6 +54,7 @@ def search(model: str, label: str, given: Mapping[str, Any], panel: str = "{}") 
 
 
 def mask(model: str, label: str, plan: Plan) -> Arm:
+    """A supermask of a net: masks alone are learned, or taken in one shot after a training."""
     name, dataset, length, learning = NETS[model]
     given = settings(plan.method, model)
     return Arm(

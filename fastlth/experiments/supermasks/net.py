@@ -58,6 +58,7 @@ class SupermaskNet(nn.Module):
         return learned.bernoulli(scores, number, purpose, self._key)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W] under this step's or sample's masks."""
         values = {name: self.get_buffer(buffer) for name, buffer in self._buffer_of.items()}
         for name, mask in zip(self.weights, self.masks(), strict=True):
             values[name] = values[name] * (self._rescaled(mask) if self._plan.rescale else mask)

@@ -141,7 +141,7 @@ def net_units(recipe: Recipe, masks: Mapping[str, Mask]) -> dict[str, LayerUnits
     """
     net = skeleton(recipe)
     shapes = {name: tuple(net.get_parameter(name).shape) for name in weight_names(net)}
-    chain = is_chain(net) and recipe.prune.mask_0 == "mask"
+    chain = is_chain(net) and not recipe.model.own and recipe.prune.mask_0 == "mask"
     return units({n: masks.get(n, np.ones(s, bool)) for n, s in shapes.items()}, chain=chain)
 
 

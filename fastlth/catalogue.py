@@ -5,8 +5,10 @@ Sizes are needed before any file is read: epochs become iterations before a reci
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fastlth import specs
 from fastlth.errors import RecipeError, unknown
 
 
@@ -35,6 +37,28 @@ DATASETS: dict[str, DatasetFacts] = {
         shape=(3, 32, 32), classes=10, train=50_000, test=10_000, validation=5_000,
         mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
     ),
+    # The halves of CIFAR-10's training images, 2,500 per class (Morcos et al. 2019): of each class the first 2,500 in
+    # the order of the files are a, the others b. Both have all test images, and the whole set's mean and std.
+    "cifar-10a": DatasetFacts(
+        shape=(3, 32, 32), classes=10, train=25_000, test=10_000, validation=2_500,
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar-10b": DatasetFacts(
+        shape=(3, 32, 32), classes=10, train=25_000, test=10_000, validation=2_500,
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar-100": DatasetFacts(
+        shape=(3, 32, 32), classes=100, train=50_000, test=10_000, validation=5_000,
+        mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762),
+    ),
+    "fashion-mnist": DatasetFacts(
+        shape=(1, 28, 28), classes=10, train=60_000, test=10_000, validation=5_000,
+        mean=(0.2860,), std=(0.3530,),
+    ),
+    "svhn": DatasetFacts(  # without its 531,131 extra images
+        shape=(3, 32, 32), classes=10, train=73_257, test=26_032, validation=5_000,
+        mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970),
+    ),
     # 1,797 handwritten digits that ship inside scikit-learn; every fifth one is a test image.
     "digits": DatasetFacts(
         shape=(1, 8, 8), classes=10, train=1_437, test=360, validation=300,
@@ -42,7 +66,10 @@ DATASETS: dict[str, DatasetFacts] = {
     ),
 }  # fmt: skip
 
-DATASET_ALIASES = {"cifar10": "cifar-10"}
+DATASET_ALIASES = {
+    "cifar10": "cifar-10", "cifar10a": "cifar-10a", "cifar10b": "cifar-10b", "cifar100": "cifar-100",
+    "fashionmnist": "fashion-mnist", "fmnist": "fashion-mnist",
+}  # fmt: skip
 
 MODELS = ("lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg19")
 
@@ -69,15 +96,21 @@ ACTIONS_VERSION = 1
 
 
 def dataset_name(name: str) -> str:
-    """Canonical name of a data set. Raises RecipeError for an unknown one."""
+    """Canonical name of a data set, ours or one that ``specs`` can follow. Raises RecipeError for an unknown one."""
     canonical = DATASET_ALIASES.get(name, name)
-    if canonical not in DATASETS:
-        raise RecipeError(unknown("dataset", name, DATASETS))
-    return canonical
+    if canonical in DATASETS:
+        return canonical
+    return _own("dataset", name, DATASETS)
 
 
 def model_name(name: str) -> str:
-    """The name itself if there is such a model. Raises RecipeError otherwise."""
-    if name not in MODELS:
-        raise RecipeError(unknown("model", name, MODELS))
-    return name
+    """Canonical name of a model, ours or one that ``specs`` can follow. Raises RecipeError for an unknown one."""
+    return name if name in MODELS else _own("model", name, MODELS)
+
+
+def _own(kind: str, name: str, ours: Iterable[str]) -> str:
+    group = specs.MODELS_GROUP if kind == "model" else specs.DATASETS_GROUP
+    found = specs.canonical(name, group)
+    if found is None:
+        raise RecipeError(unknown(kind, name, [*ours, *specs.registered(group)]))
+    return found

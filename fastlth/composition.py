@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,9 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastlth.catalogue import DATASET_ALIASES, dataset_name, model_name
+from fastlth.catalogue import DATASET_ALIASES, DATASETS, dataset_name, model_name
 from fastlth.errors import RecipeError, unknown
-from fastlth.recipe import SECTIONS, Recipe, TrainSection
+from fastlth.recipe import FACTS, SECTIONS, DataSection, Recipe, TrainSection
+from fastlth.specs import is_own, spec_of
 
 Layer = dict[str, dict[str, Any]]
 
@@ -57,29 +58,32 @@ def presets_for(model: str, dataset: str) -> list[str]:
 
 
 def compose(
-    model: str,
-    dataset: str,
+    model: str | Callable[..., Any],
+    dataset: str | Callable[..., Any],
     *,
     preset: str | None = None,
     config: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Composed:
-    """The recipe for a model and a data set.
+    """The recipe for a model and a data set, each given by its name or, if it is one's own (docs/own-nets.md), as
+    ``package.module:function`` or the function itself.
 
     ``settings`` maps ``section.field`` to a value (flags and ``--set``). Without ``preset`` it is
     ``paper`` where that covers the pair, else ``fast``, else none, and then iterations, batch size
-    and learning rate must be given. Raises RecipeError for anything that is not allowed.
+    and learning rate must be given. Raises RecipeError for anything that is not allowed, DataError for one's own data
+    that cannot be used.
     """
-    model, dataset = model_name(model), dataset_name(dataset)
+    net = model_name(_name(model))
     asked = _overlay(_read_config(config), _layer(settings or {}))
-    _same_pair(asked, model, dataset)
-    preset = _default_preset(model, dataset, preset)
-    base = _preset_layer(model, dataset, preset)
+    named = measured(net, dataset_name(_name(dataset)), asked)
+    data: str = named["data"]["name"]
+    _same_pair(asked, net, data)
+    preset = _default_preset(net, data, preset)
+    base = _preset_layer(net, data, preset)
     verified = bool(base.pop("verified", False))
-    named: Layer = {"model": {"name": model}, "data": {"name": dataset}}
     missing = [flag for key, flag in _NEEDED.items() if key not in {**base.get("train", {}), **asked.get("train", {})}]
     if missing:
-        raise RecipeError(f"no preset covers {model} on {dataset}; give {', '.join(missing)}")
+        raise RecipeError(f"no preset covers {net} on {data}; give {', '.join(missing)}")
     before = _in_iterations(_overlay(named, base)) if base else {}
     merged = _in_iterations(_overlay(_overlay(named, base), asked))
     notes = _scale_schedule(merged, before, asked)
@@ -90,9 +94,54 @@ def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """``recipe`` with some settings changed. Raises RecipeError for anything that is not allowed."""
     base = recipe.to_dict()
     asked = _layer(settings)
+    if any(setting in settings for setting in ("model.name", "data.name", "data.image_size")):
+        named = _overlay(base, asked)
+        model, data = model_name(str(named["model"]["name"])), dataset_name(str(named["data"]["name"]))
+        old = FACTS if data == recipe.data.name else (*FACTS, "image_size")  # what was measured of the pair before
+        for section in ("model", "data"):
+            base[section] = {k: v for k, v in base[section].items() if k not in old}
+        asked = _overlay(asked, measured(model, data, _overlay(base, asked)))
     merged = _in_iterations(_overlay(base, asked))
     _scale_schedule(merged, base, asked)
     return Recipe.from_dict(merged)
+
+
+def with_own(
+    recipe: Recipe, model: str | Callable[..., Any] | None, data: str | Callable[..., Any] | None
+) -> Recipe:
+    """``recipe`` with another model and other data, where given; other data bring their default hold-out."""
+    changes: dict[str, Any] = {"model.name": _name(model)} if model is not None else {}
+    if data is not None:
+        changes |= {"data.name": _name(data), "data.validation": -1}
+    return adjust(recipe, changes) if changes else recipe
+
+
+def measured(model: str, dataset: str, asked: Layer) -> Layer:
+    """Canonical names as settings, and what a recipe must know beside them of a model and a data set of one's own.
+
+    Raises RecipeError or DataError where these cannot be used, RecipeError where ``asked`` says something else.
+    """
+    layer: Layer = {"model": {"name": model}, "data": {"name": dataset}}
+    if is_own(dataset):
+        from fastlth.data import own as own_data  # torch and numpy, which most commands do without
+
+        layer["data"] = own_data.facts(dataset, asked.get("data", {}).get("image_size"))
+    if is_own(model):
+        from fastlth.models import own as own_nets
+
+        facts = DATASETS[dataset] if dataset in DATASETS else DataSection(**layer["data"]).facts
+        layer["model"]["content"] = own_nets.describe(model, facts)
+    for section, values in layer.items():
+        for name, value in values.items():
+            said = asked.get(section, {}).get(name, value)
+            if name != "name" and said != value:
+                raise RecipeError(f"{section}.{name} is {said!r} in the settings but {value!r} now; leave it out, "
+                                  "since it is measured")  # fmt: skip
+    return layer
+
+
+def _name(given: str | Callable[..., Any]) -> str:
+    return given if isinstance(given, str) else spec_of(given)
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

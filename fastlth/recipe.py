@@ -18,11 +18,13 @@ from fractions import Fraction
 from math import inf
 from typing import Any
 
-from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, dataset_name, model_name
+from fastlth import specs
+from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, DatasetFacts, dataset_name, model_name
 from fastlth.errors import RecipeError, unknown
 
 # Philox key word 1; never renumber
 STREAMS = {"init": 1, "split": 2, "order": 3, "augment": 4, "prune": 5, "dropout": 6, "branch": 7}
+FACTS = ("shape", "classes", "train", "test", "mean", "std", "content")  # of an own data set, measured
 LAST_ROUND = 254  # pruned_at is one byte: 0 = alive, k = removed in round k, 255 reserved
 
 
@@ -50,11 +52,32 @@ class ModelSection:
     """zero (the papers) or uniform in +-1/sqrt(fan_in) (lecode)"""
     dropout: float = 0.0
     """share of the outputs of hidden linear layers (vgg19: of the pooled features) that training sets to zero"""
+    init: str | None = None
+    """of an own net: own, the values that its constructor draws (the default), or glorot, as fastlth's nets"""
+    content: str | None = None
+    """of an own net: a hash of its layers and shapes, measured by ``compose``"""
 
     def __post_init__(self) -> None:
-        model_name(self.name)
+        object.__setattr__(self, "name", model_name(self.name))
         _choice("model.bias_init", self.bias_init, ("zero", "uniform"))
         _check("model.dropout", 0 <= self.dropout < 1, "be in [0, 1), the share that is dropped", self.dropout)
+        if not self.own:
+            _check("model.init", self.init in (None, "glorot"), f"be glorot for {self.name}", self.init)
+            _check("model.content", self.content is None, f"be left out for {self.name}", self.content)
+            object.__setattr__(self, "init", None)
+            return
+        _check("model.init", self.init in (None, "own", "glorot"), "be own or glorot", self.init)
+        object.__setattr__(self, "init", self.init if self.init != "own" else None)
+        for setting in ("batch_norm", "dropout"):
+            _check(f"model.{setting}", not getattr(self, setting), "be left out for an own net, which has what its "
+                   "function puts into it", getattr(self, setting))  # fmt: skip
+        _check("model.bias_init", self.bias_init == "zero" or self.init == "glorot",
+               "be left out for an own net without model.init=glorot", self.bias_init)  # fmt: skip
+
+    @property
+    def own(self) -> bool:
+        """Whether the net is made by code outside of fastlth."""
+        return specs.is_own(self.name)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,25 +88,67 @@ class DataSection:
     normalise: str = "mean-std"
     """mean-std (per channel), unit (pixels / 255) or half (pixels / 127.5 - 1)"""
     augment: str = "none"
-    """none, flip-crop (random flip, 4-pixel pad and crop) or lecode (colour, flip)"""
+    """none, flip-crop (random flip, 4-pixel pad and crop), lecode (colour, flip) or resized-crop (a random part of the
+    image, scaled to the whole, and flip)"""
+    image_size: int | None = None
+    """of an image folder: height and width of the images that a net sees; 224 where not given"""
+    shape: tuple[int, int, int] | None = None
+    """this and what follows: the facts of an own data set, measured by ``compose``; (channels, height, width)"""
+    classes: int | None = None
+    train: int | None = None
+    """training images, the held-out ones included"""
+    test: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    content: str | None = None
+    """a hash of the images and labels (of a folder: of the names and sizes of its files)"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", dataset_name(self.name))
-        facts = DATASETS[self.name]
+        self._check_facts()
+        facts = self.facts
         if self.validation == -1:
             object.__setattr__(self, "validation", facts.validation)
         _check("data.validation", 0 < self.validation < facts.train,
                f"leave images to train on and to validate on (1 to {facts.train - 1})",
                self.validation)  # fmt: skip
         _choice("data.normalise", self.normalise, ("mean-std", "unit", "half"))
-        _choice("data.augment", self.augment, ("none", "flip-crop", "lecode"))
+        _choice("data.augment", self.augment, ("none", "flip-crop", "lecode", "resized-crop"))
         _check("data.augment", self.augment != "lecode" or facts.shape[0] == 3,
                "be none or flip-crop for images without colour", self.augment)  # fmt: skip
+
+    def _check_facts(self) -> None:
+        for name in FACTS:
+            value = getattr(self, name)
+            if self.own and value is None:
+                raise RecipeError(f"data.{name} is not set; fastlth.compose measures it for data set '{self.name}'")
+            _check(f"data.{name}", self.own or value is None, f"be left out for {self.name}, whose facts are known",
+                   value)  # fmt: skip
+            if isinstance(value, list):  # read back
+                object.__setattr__(self, name, tuple(value))
+        _check("data.image_size", self.image_size is None or specs.folder(self.name) is not None,
+               "be left out but for imagefolder:PATH", self.image_size)  # fmt: skip
+        _check("data.image_size", self.image_size is None or 8 <= self.image_size <= 4096,
+               "be in 8 to 4096 pixels", self.image_size)  # fmt: skip
+
+    @property
+    def own(self) -> bool:
+        """Whether the images come from outside of fastlth's catalogue."""
+        return specs.is_own(self.name)
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """Sizes, classes, mean and std, from the catalogue or as they were measured."""
+        if not self.own:
+            return DATASETS[self.name]
+        assert self.shape and self.classes and self.train and self.test and self.mean and self.std
+        return DatasetFacts(shape=self.shape, classes=self.classes, train=self.train, test=self.test,
+                            validation=min(5_000, max(1, self.train // 10)), mean=self.mean, std=self.std)  # fmt: skip
 
     @property
     def train_images(self) -> int:
         """Images a net is trained on: all training images but the held-out ones."""
-        return DATASETS[self.name].train - self.validation
+        return self.facts.train - self.validation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +215,10 @@ class PruneSection:
     """share of the kept weights removed per round"""
     scale: dict[str, float] = field(default_factory=dict)
     """layer pattern -> factor on rate, first match wins (output = 0.5: half the rate; 0: never)"""
+    only: tuple[str, ...] | None = None
+    """patterns of the layers that may be pruned, such as features.*; all Linear and Conv layers where not given"""
+    never: tuple[str, ...] | None = None
+    """patterns of layers that are never pruned, whatever ``only`` says"""
     scope: str = "layer"
     """layer (each layer loses its share) or global (one ranking over all)"""
     criterion: str = "large_final"
@@ -176,6 +245,9 @@ class PruneSection:
         _check("prune.to_density", self.to_density is None or 0 < self.to_density < 1,
                "be in (0, 1)", self.to_density)  # fmt: skip
         _check("prune.rate", 0 < self.rate < 1, "be in (0, 1), the share removed per round", self.rate)
+        for name in ("only", "never"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, tuple(patterns) if patterns else None)
         for pattern, factor in self.scale.items():
             _check(f"prune.scale.{pattern}", 0 <= factor < inf and exact(factor) * exact(self.rate) < 1,
                    f"be at least 0 and, times prune.rate {self.rate}, below 1", factor)  # fmt: skip
@@ -351,6 +423,9 @@ class Recipe:
         _check("prune.rewind_to", rewind < last, f"be below train.iterations ({last})", rewind)
         _check("store.theta0", self.store.theta0 == "stored" or not rewind,
                f"be stored with prune.rewind_to {rewind}, since a seed is theta0 only", self.store.theta0)  # fmt: skip
+        _check("store.theta0", self.store.theta0 == "stored" or not self.model.own,
+               "be stored for an own net, whose constructor need not draw the same bits everywhere",
+               self.store.theta0)  # fmt: skip
         _check("compute.engine", self.compute.engine in ("auto", "dense") or not self.prune.fills,
                f"be auto or dense with prune.mask_0 {self.prune.mask_0}, since other engines keep pruned weights at 0",
                self.compute.engine)  # fmt: skip
@@ -391,8 +466,10 @@ class Recipe:
         asked["seeds"].pop("base")
         asked["schedule"].pop("scale")
         del asked["store"]
-        if asked["data"]["validation"] == DATASETS[self.data.name].validation:
+        if asked["data"]["validation"] == self.data.facts.validation:
             del asked["data"]["validation"]
+        if specs.folder(self.data.name) is not None:
+            asked["data"]["name"] = specs.FOLDER  # content says which; a folder may move
         for name, values in asked.items():
             for key, default in _defaults(SECTIONS[name]).items():
                 if values.get(key, MISSING) == default:

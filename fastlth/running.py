@@ -20,7 +20,8 @@ from typing import Any
 
 from fastlth import sinks
 from fastlth.analysis import collapses, layer_records, net_units, replicate_overlap
-from fastlth.data.sources import Source, data_root, load
+from fastlth.composition import with_own
+from fastlth.data.sources import Source, load_for
 from fastlth.errors import DeviceError, RecipeError, Stopped
 from fastlth.metrics import record
 from fastlth.models import skeleton, weight_names
@@ -36,7 +37,7 @@ from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import device, engine, environment, loader, resolve
+from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
 
@@ -148,6 +149,7 @@ def run(
     recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
     fresh: bool = False, log: Sequence[str] = (), show: Show = lambda _: None,
     stopped: Callable[[], int | None] = lambda: None, resolved: Mapping[str, Any] | None = None,
+    model: str | Callable[..., Any] | None = None, data: str | Callable[..., Any] | None = None,
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
@@ -155,11 +157,13 @@ def run(
     trains, as many of them run side by side as there are processors, each on one thread. ``log`` names further
     places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
     step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
-    ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet.
+    ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet. ``model`` and ``data``
+    take the place of the recipe's: functions, or their names (docs/own-nets.md).
     """
+    recipe = with_own(recipe, model, data)
     check(recipe)
     log = sinks.check(log)
-    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    source = load_for(recipe.data, data_dir)
     seeds = [dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r) for r in range(replicates)]
     with ExitStack() as opened:
         directories = [
@@ -222,7 +226,8 @@ def check(recipe: Recipe) -> None:
     """
     layer_rates(weight_names(skeleton(recipe)), recipe.prune)
     device(recipe.compute.device)
-    loader(recipe.compute.loader)
+    loader(recipe.compute.loader, recipe)
+    kernels(recipe.compute.kernels, device(recipe.compute.device))
     engine(recipe)
     swap(skeleton(recipe), recipe.compute.shifted)
 
@@ -237,7 +242,7 @@ def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | 
     numbers = [number for seed, number in folders if seed == recipe.seeds.base]
     if numbers and ((path := folders[recipe.seeds.base, max(numbers)]) / RECIPE).exists():
         return path
-    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    source = load_for(recipe.data, data_dir)
     with Run.open(Path(out), recipe) as directory:
         _settle(directory, recipe, source, None)
         return directory.path
@@ -254,7 +259,7 @@ def resume(
     log = sinks.check(log)
     with Run.reopen(Path(path)) as directory:
         recipe = directory.recipe
-        source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+        source = load_for(recipe.data, data_dir)
         return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), log, show, stopped, data_dir),))
 
 

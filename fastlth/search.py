@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlth import masks as mask_tools
-from fastlth.data.sources import Source, data_root, load
+from fastlth.composition import with_own
+from fastlth.data.sources import Source, load_for
 from fastlth.errors import DivergedError
 from fastlth.pruning import Gradients, actions, layer_rates, prune
 from fastlth.recipe import ComputeSection, Recipe
@@ -73,17 +74,20 @@ Event = RoundStarted | InRound | RoundFinished
 def find_tickets(
     recipe: Recipe, source: Source | None = None, compute: ComputeSection | None = None,
     *, ticket: Ticket | None = None, state: State | None = None,
+    model: str | Callable[..., Any] | None = None, data: str | Callable[..., Any] | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Search to the recipe's last round, or to its target density.
 
     ``source`` is the recipe's data set, loaded where not given; ``compute`` is the recipe's section without ``auto``,
     resolved where not given. With ``ticket`` (and ``state``, if a round was under way) the search goes on from there,
-    bit for bit as if never stopped. Raises DivergedError if a loss is not finite.
+    bit for bit as if never stopped. ``model`` and ``data`` take the place of the recipe's, as in ``run``. Raises
+    DivergedError if a loss is not finite.
     """
-    data = source or load(recipe.data.name, data_root())
-    compute = compute or resolve(recipe, lambda candidate: make_engine(candidate, data)).compute
+    recipe = with_own(recipe, model, data)
+    images = source or load_for(recipe.data)
+    compute = compute or resolve(recipe, lambda candidate: make_engine(candidate, images)).compute
     settled = dataclasses.replace(recipe, compute=compute)
-    engine = make_engine(settled, data)
+    engine = make_engine(settled, images)
     weights = {n: engine.weights()[n] for n in engine.weight_names}
     numbers = {n: i for i, n in enumerate(weights)}
     all_weights = sum(w.numel() for w in weights.values())
@@ -109,7 +113,7 @@ def find_tickets(
         bird = None
         if recipe.prune.early_bird:
             draw = functools.partial(prune, recipe.prune, masks, start, numbers=numbers, round=round + 1, key=key,
-                                     gradients=_gradients(settled, data, start))  # fmt: skip
+                                     gradients=_gradients(settled, images, start))  # fmt: skip
             bird = EarlyBird(recipe.prune.early_bird, recipe.train.iterations_per_epoch(recipe.data.train_images),
                              masks, draw, not_before=recipe.prune.rewind_to)  # fmt: skip
         if state is not None:
@@ -131,7 +135,7 @@ def find_tickets(
 
         initial = start if round else _tensors(rewind)  # theta_k also where round 0 began earlier
         new = prune(recipe.prune, masks, initial, engine.weights(), numbers=numbers, round=round + 1, key=key,
-                    gradients=_gradients(settled, data, initial))  # fmt: skip
+                    gradients=_gradients(settled, images, initial))  # fmt: skip
         zero_from = actions.zeroed(recipe.prune, zero_from, masks, new, initial, engine.weights(),
                                    numbers=numbers, round=round + 1, key=key)  # fmt: skip
         for name, mask in masks.items():

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastlth.errors import RecipeError
 from fastlth.masks import Masks
-from fastlth.models import build, skeleton, weight_names
+from fastlth.models import build, loaded, skeleton, state, weight_names
 from fastlth.pruning import actions
 from fastlth.recipe import Recipe
 from fastlth.store import ticket as files
@@ -62,31 +63,29 @@ class LoadedTicket:
 
     def model(self, round: int) -> nn.Module:
         """The winning-ticket candidate of a round: the net as the round starts with it, untrained."""
-        return self._net(self.start(round))
+        return loaded(self.recipe, self.start(round))
 
     def trained(self, round: int) -> nn.Module:
         """The net as the round's training left it. Raises TicketError unless the search kept its weights."""
         arrays = weights.load(self.folder, round, self.file.trained_mask(round), self.recipe.digest)
-        state = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+        values = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
         if self.recipe.prune.fills:
             start = self.start(round)
-            state |= {name: torch.where(m, state[name], start[name]) for name, m in self.mask(round).items()}
-        return self._net(state)
-
-    def _net(self, state: Mapping[str, Tensor]) -> nn.Module:
-        model = skeleton(self.recipe).to_empty(device="cpu")
-        model.load_state_dict(state)
-        return model
+            values |= {name: torch.where(m, values[name], start[name]) for name, m in self.mask(round).items()}
+        return loaded(self.recipe, values)
 
 
 def load_ticket(path: str | Path) -> LoadedTicket:
     """Read ``search.ticket``. Raises TicketError if it is damaged or not a ticket."""
     ticket = files.load(Path(path), theta0)
-    order = {name: i for i, name in enumerate(skeleton(ticket.recipe).state_dict())}  # the file's is alphabetical
+    try:
+        order = {name: i for i, name in enumerate(skeleton(ticket.recipe).state_dict())}  # the file's is alphabetical
+    except RecipeError:  # a net of others that is not here; its masks can be looked at all the same
+        order = {}
     masks = dict(sorted(ticket.pruned_at.items(), key=lambda item: order.get(item[0], len(order))))
     return LoadedTicket(dataclasses.replace(ticket, pruned_at=masks), Path(path).parent)
 
 
 def theta0(recipe: Recipe) -> dict[str, NDArray[Any]]:
     """The initial parameters and buffers of a recipe, made from its seed."""
-    return {name: tensor.detach().numpy() for name, tensor in build(recipe).state_dict().items()}
+    return {name: tensor.numpy() for name, tensor in state(build(recipe)).items()}

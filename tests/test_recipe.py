@@ -16,7 +16,7 @@ from fastlth import toml
 from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, MODELS
 from fastlth.composition import compose, preset_table
 from fastlth.errors import RecipeError
-from fastlth.recipe import LAST_ROUND, SECTIONS, STREAMS, Recipe, SeedsSection, TrainSection, exact
+from fastlth.recipe import FACTS, LAST_ROUND, SECTIONS, STREAMS, Recipe, SeedsSection, TrainSection, exact
 
 Tables = dict[str, dict[str, Any]]
 
@@ -58,15 +58,15 @@ RULES = [
     ("model__dropout", 1.0, "model.dropout must be in [0, 1), the share that is dropped, got 1.0"),
     ("model__dropout", -0.5, "model.dropout must be in [0, 1), the share that is dropped, got -0.5"),
     ("model__dropout", NAN, "model.dropout must be in [0, 1), the share that is dropped, got nan"),
-    ("data__name", "cifar-100", "unknown dataset 'cifar-100' (did you mean 'cifar-10'?); "
-                                "choose one of: mnist, cifar-10, digits"),
+    ("data__name", "cifar-1000", "unknown dataset 'cifar-1000' (did you mean 'cifar-100'?); choose one of: "
+                                 + ", ".join(DATASETS)),
     ("data__validation", 0, "data.validation must leave images to train on and to validate on (1 to 49999), got 0"),
     ("data__validation", -2, "data.validation must leave images to train on and to validate on (1 to 49999), got -2"),
     ("data__validation", 50_000, "data.validation must leave images to train on and to validate on (1 to 49999), "
                                  "got 50000"),
     ("data__normalise", "z", "unknown data.normalise 'z'; choose one of: mean-std, unit, half"),
     ("data__augment", "flip", "unknown data.augment 'flip' (did you mean 'flip-crop'?); "
-                              "choose one of: none, flip-crop, lecode"),
+                              "choose one of: none, flip-crop, lecode, resized-crop"),
     ("train__iterations", 0, "train.iterations must be at least 1, got 0"),
     ("train__batch_size", 0, "train.batch_size must be at least 1, got 0"),
     ("train__batch_size", 45_001, "train.batch_size must be at most the 45000 training images, got 45001"),
@@ -268,7 +268,8 @@ def test_iterations_per_epoch(images, batch, drop_last, expected):
 
 def test_validation_has_the_default_of_its_data_set():
     assert {n: recipe(data__name=n).data.validation for n in DATASETS} == {
-        "mnist": 5_000, "cifar-10": 5_000, "digits": 300,
+        "mnist": 5_000, "fashion-mnist": 5_000, "cifar-10": 5_000, "cifar-10a": 2_500, "cifar-10b": 2_500,
+        "cifar-100": 5_000, "svhn": 5_000, "digits": 300,
     }  # fmt: skip
 
 
@@ -315,6 +316,7 @@ OTHER: dict[str, Any] = {
     "schedule.warmup": 1, "schedule.milestones": [500], "schedule.gamma": 0.2, "schedule.scale": False,
     "prune.rounds": 30, "prune.to_density": 0.05, "prune.rate": 0.3, "prune.scale": {"output": 0.5},
     "prune.scope": "global", "prune.rewind_to": 1, "prune.early_bird": 0.1,
+    "prune.only": ["conv*"], "prune.never": ["output"],
     "prune.criterion": "movement", "prune.mask_1": "signed_reinit", "prune.mask_0": "freeze_init",
     "evaluate.every": 200, "evaluate.test": "always",
     "seeds.base": 1, "seeds.init": 1, "seeds.split": 1, "seeds.order": 1, "seeds.augment": 1, "seeds.prune": 1,
@@ -330,7 +332,10 @@ WITHOUT = {
     "store.save_every", "store.theta0", "store.keep_weights",
 }  # fmt: skip
 # Other values of these do not go with BASE; tested by themselves.
-ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.constant"}
+ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.constant"} | {
+    # of one's own nets and data alone
+    "model.init", "model.content", "data.image_size", *(f"data.{fact}" for fact in FACTS),
+}
 
 ALL = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 

@@ -22,7 +22,6 @@ from fastlth_kernels.masked_step import step_bytes, step_operations
 from torch import nn
 
 from fastlth.bench.subject import Row, recipe_for
-from fastlth.catalogue import DATASETS
 from fastlth.errors import RecipeError, unknown
 from fastlth.models import skeleton
 from fastlth.recipe import Recipe
@@ -87,7 +86,7 @@ def rows(
 
 def calls(recipe: Recipe, precision: str) -> Iterator[Call]:
     """Of one training step in order, then of one pruning."""
-    facts, train, itemsize = DATASETS[recipe.data.name], recipe.train, ITEMSIZE[precision]
+    facts, train, itemsize = recipe.data.facts, recipe.train, ITEMSIZE[precision]
     channels, height, width = facts.shape
     taken = batch_bytes(train.batch_size, (height, width, channels), itemsize)
     yield Call("assemble_batch", f"{train.batch_size} images", taken, 0)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlth.catalogue import DATASETS
 from fastlth.models import build
 from fastlth.recipe import Recipe
 
@@ -32,7 +31,7 @@ def flops_per_image(recipe: Recipe) -> float:
     """Forward and backward pass of the dense net, by torch's counter; a multiply-add is two."""
     model = build(recipe)
     with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, *DATASETS[recipe.data.name].shape)).sum().backward()
+        model(torch.zeros(2, *recipe.data.facts.shape)).sum().backward()
     return float(counter.get_total_flops()) / 2
 
 

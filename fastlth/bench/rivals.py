@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fastlth.catalogue import DATASETS, DatasetFacts
+from fastlth.catalogue import DatasetFacts
 from fastlth.data.sources import Images
 from fastlth.models import build
 from fastlth.recipe import Recipe, TrainSection
@@ -58,7 +59,7 @@ class Eager:
         self, recipe: Recipe, images: Images, masks: Mapping[str, Tensor], *, precision: str = "fp32",
         channels_last: bool = False, compiled: bool = False, device: str = "cpu",
     ) -> None:  # fmt: skip
-        facts = DATASETS[recipe.data.name]
+        facts = recipe.data.facts
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.recipe, self.precision, self.device = recipe, precision, torch.device(device)
         self.model = build(recipe).to(self.device)
@@ -112,7 +113,7 @@ class Eager:
 
 class _Samples(Dataset[tuple[Tensor, int]]):
     def __init__(self, images: Images, recipe: Recipe) -> None:
-        facts = DATASETS[recipe.data.name]
+        facts = recipe.data.facts
         self.images = images
         steps: list[nn.Module | object] = []
         if recipe.data.augment == "flip-crop":
@@ -125,7 +126,7 @@ class _Samples(Dataset[tuple[Tensor, int]]):
         return len(self.images.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        pixels = self.images.pixels[index]
+        pixels = np.asarray(self.images.pixels)[index]
         image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         return self.transform(image), int(self.images.labels[index])
 
@@ -138,7 +139,7 @@ def _forever(loader: DataLoader[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, T
 def normalised(images: Images, facts: DatasetFacts) -> Tensor:
     """float32 [N, C, H, W], mean and standard deviation of the data set taken out."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.mean, facts.std))
-    return (torch.from_numpy(images.pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return (torch.from_numpy(np.asarray(images.pixels)).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from fastlth.bench import memory
 from fastlth.bench.paired import Work, paired
 from fastlth.bench.rivals import Eager, normalised
 from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row
-from fastlth.catalogue import DATASETS
 from fastlth.data.sources import Source
 from fastlth.recipe import Recipe
 from fastlth.training.engines.make import make_engine
@@ -39,7 +38,7 @@ def rows(
 
 def with_validation(recipe: Recipe) -> Recipe:
     """The recipe with as many images held out as the papers hold out."""
-    data = dataclasses.replace(recipe.data, validation=DATASETS[recipe.data.name].validation)
+    data = dataclasses.replace(recipe.data, validation=recipe.data.facts.validation)
     return dataclasses.replace(recipe, data=data)
 
 
@@ -66,7 +65,7 @@ def work(recipe: Recipe, images: Source, path: str, *, interval: int) -> Work:
 
         return our_intervals
 
-    facts, compute = DATASETS[recipe.data.name], recipe.compute
+    facts, compute = recipe.data.facts, recipe.compute
     eager = Eager(recipe, images.train, masks, precision=compute.precision,
                   channels_last=compute.channels_last == "on", device=compute.device)  # fmt: skip
     held_out = normalised(images.train, facts)[: facts.validation].to(compute.device)

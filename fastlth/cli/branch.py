@@ -54,8 +54,8 @@ def branch(
 
 
 def prune_at_init(
-    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
-    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
+    model: Annotated[str, typer.Argument(help="As in find-ticket.")],
+    dataset: Annotated[str, typer.Argument(help="As in find-ticket.")],
     method: Annotated[str, Opt(help=", ".join(METHODS))],
     density: Annotated[float, Opt(help="Share of all weights of Linear and Conv layers that is left.")],
     trials: Trials = None,

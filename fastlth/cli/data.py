@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fastlth.catalogue import DATASETS, dataset_name
-from fastlth.cli.options import DataDir, Json
+from fastlth.cli.options import OWN_DATA, DataDir, Json
+from fastlth.specs import is_own
 
 app = typer.Typer(help="The data sets, and getting them.", no_args_is_help=True)
 
@@ -40,20 +41,27 @@ def list_(data_dir: DataDir = None, json: Json = False) -> None:
 
 @app.command("prepare", epilog="Example: fastlth data prepare cifar-10 --data-dir ~/data")
 def prepare(
-    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits")], data_dir: DataDir = None
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)}, {OWN_DATA}")],
+    data_dir: DataDir = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side, of an image folder (default: 224)")] = None,
 ) -> None:
     """Download a data set where it is missing, check every file, and write FFCV's file where FFCV is installed."""
     from fastlth.cli.show import console
     from fastlth.data import ffcv
-    from fastlth.data.sources import data_root, load
+    from fastlth.data.sources import data_root, load_for
+    from fastlth.recipe import DataSection
     from fastlth.training.engines.make import beton_folder
 
-    name = dataset_name(dataset)
-    root = data_root(data_dir)
-    source = load(name, root)
+    name, where = dataset_name(dataset), f", checked in {data_root(data_dir)}"
+    facts: dict[str, Any] = {"name": name}
+    if is_own(name):
+        from fastlth.data import own
+
+        facts, where = own.facts(name, image_size), ""
+    source = load_for(DataSection(**facts), data_dir)
     screen = console()
-    screen.print(f"{name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images, "
-                 f"checked in {root}", highlight=False, soft_wrap=True)  # fmt: skip
+    screen.print(f"{name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images{where}",
+                 highlight=False, soft_wrap=True)  # fmt: skip
     if reason := ffcv.available():
         screen.print(f"no FFCV file: {reason}", highlight=False, soft_wrap=True)
     else:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.catalogue import CRITERIA, MASK_0, MASK_1, SIGN_TESTS
-from fastlth.cli.options import DataDir, Json, Log, Out, given, length, seconds
+from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, MODELS, SIGN_TESTS
+from fastlth.cli.options import OWN_DATA, OWN_NET, DataDir, Json, Log, Out, given, length, seconds
 from fastlth.composition import PRESETS, Composed, compose, parse_setting
 from fastlth.errors import RecipeError
 
@@ -26,8 +26,8 @@ def _one_of(what: str, names: tuple[str, ...]) -> str:
 
 
 def find_ticket(
-    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
-    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
+    model: Annotated[str, typer.Argument(help=f"{', '.join(MODELS)}, {OWN_NET}")],
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)} (digits comes with scikit-learn), {OWN_DATA}")],
     data_path: Annotated[Path | None, typer.Argument(metavar="[DATA_DIR]", help="the same as --data-dir")] = None,
     rounds: Annotated[int | None, Opt(help="Prunings; round 0 is the dense net (default: 20, or the preset's)")] = None,
     to_density: Annotated[float | None, Opt(help="Stop at the first round at or below this density.")] = None,
@@ -37,6 +37,7 @@ def find_ticket(
     replicates: Annotated[int, Opt(min=1, help="Searches with seeds SEED, SEED+1, ...; the table shows means.")] = 1,
     iterations: Annotated[int | None, Opt("--iterations", "-i", help="Training steps per round.")] = None,
     epochs: Annotated[float | None, Opt("--epochs", "-e", help="The same in passes over the data.")] = None,
+    image_size: Annotated[int | None, Opt(help="Pixels a side, of an image folder (default: 224)")] = None,
     batch_size: Annotated[int | None, Opt("--batch-size", "-b", help="Images per step.")] = None,
     lr: Annotated[float | None, Opt("--lr", "-l", help="Learning rate.")] = None,
     optimizer: Annotated[str | None, Opt(help="adam, adamw or sgd")] = None,
@@ -44,6 +45,12 @@ def find_ticket(
     dropout: Annotated[float | None, Opt(help="Share of hidden units that training drops (default: 0)")] = None,
     rate: Annotated[float | None, Opt(help="Share of the kept weights removed per round.")] = None,
     scope: Annotated[str | None, Opt(help="layer or global")] = None,
+    prunable: Annotated[
+        list[str] | None, Opt(metavar="PATTERN", help="Prune only layers such as 'features.*'; may be given twice.")
+    ] = None,
+    never_prune: Annotated[
+        list[str] | None, Opt(metavar="PATTERN", help="Leave layers such as 'head' whole; may be given twice.")
+    ] = None,
     criterion: Annotated[str | None, Opt(help=_one_of("Score by which weights stay", CRITERIA))] = None,
     mask_1: Annotated[str | None, Opt("--mask-1", help=_one_of("What kept weights start with", MASK_1))] = None,
     mask_0: Annotated[str | None, Opt("--mask-0", help=_one_of("What pruned weights are kept at", MASK_0))] = None,
@@ -77,6 +84,7 @@ def find_ticket(
     settings = dict(parse_setting(text) for text in set_ or [])
     settings |= given({
         "prune.rounds": rounds, "prune.to_density": to_density, "prune.rate": rate, "prune.scope": scope,
+        "prune.only": prunable or None, "prune.never": never_prune or None, "data.image_size": image_size,
         "prune.criterion": criterion, "prune.mask_1": mask_1, "prune.mask_0": mask_0,
         "prune.early_bird": EARLY_BIRD if early_bird else None,
         "train.iterations": length(iterations, epochs), "train.batch_size": batch_size, "train.lr": lr,

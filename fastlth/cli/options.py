@@ -25,6 +25,9 @@ Log = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
 
+OWN_NET = "torchvision:NAME, timm:NAME or your own package.module:function"
+OWN_DATA = "imagefolder:PATH or your own package.module:function"
+
 
 def seconds(text: str | None) -> float | None:
     """ "60s", "2min" or "60" as seconds. Raises RecipeError for anything else."""

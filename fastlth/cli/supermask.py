@@ -16,8 +16,8 @@ Opt = typer.Option
 
 
 def supermask(
-    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
-    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
+    model: Annotated[str, typer.Argument(help="As in find-ticket.")],
+    dataset: Annotated[str, typer.Argument(help="As in find-ticket.")],
     method: Annotated[str, Opt(help="one-shot, learned or edge-popup")] = "one-shot",
     criterion: Annotated[str, Opt(help="one-shot: how weights are ranked.")] = "large_final_same_sign",
     powers: Annotated[int, Opt(help="one-shot: prune 0 to this many times at once.")] = 24,

@@ -17,7 +17,7 @@ Opt = typer.Option
 
 def transfer(
     ticket: Annotated[Path, typer.Argument(help="A search.ticket file.")],
-    dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits; the ticket's own is fine too")],
+    dataset: Annotated[str, typer.Argument(help="As in find-ticket; the ticket's own is fine too.")],
     round: Annotated[int | None, Opt(help="Whose ticket (default: the winning one, else the last); 0: dense.")] = None,
     random_ticket: Annotated[
         bool, Opt("--random-ticket", help="The control: masks permuted over all layers, values drawn fresh.")

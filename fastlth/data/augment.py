@@ -59,8 +59,33 @@ def _wide(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
+def _unit(word: Tensor) -> Tensor:
+    return (word >> 8).float() / (1 << 24)
+
+
+def resized_crop(images: Tensor, epoch: Where, position: Where, key: Key) -> Tensor:
+    """A random rectangle of each image, stretched to the whole, every second one mirrored: the crop of Szegedy et al.
+    2015, 8 to 100 % of the area at aspect ratios 3/4 to 4/3, sides cut to the image's where torchvision draws again.
+
+    images: uint8 [B, C, H, W]; the same shape comes back, with channels-last strides. Bilinear.
+    """
+    first, second, third, fourth = _draw(images, epoch, position, key)
+    area, ratio = 0.08 + 0.92 * _unit(first), (0.75 * (16 / 9) ** _unit(second)).sqrt()
+    width, height = ((area.sqrt() * r).clamp(max=1) for r in (ratio, 1 / ratio))
+    left, top = _unit(third) * (1 - width), _unit(fourth) * (1 - height)
+    side = 1 - 2 * (fourth & 1)  # -1: mirrored; the bit is none of those in ``top``
+    zero = torch.zeros_like(width)
+    # The image as a square from -1 to 1: where output (x, y) comes from is linear in it.
+    rows = torch.stack((torch.stack((side * width, zero, 2 * left + width - 1), 1),
+                        torch.stack((zero, height, 2 * top + height - 1), 1)), 1)  # fmt: skip
+    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
+    crops = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return crops.round().to(torch.uint8).contiguous(memory_format=torch.channels_last)
+
+
 AUGMENT: dict[str, Callable[[Tensor, Where, Where, Key], Tensor]] = {
     "none": none,
     "flip-crop": flip_crop,
     "lecode": lecode,
+    "resized-crop": resized_crop,
 }

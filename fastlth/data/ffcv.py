@@ -186,7 +186,9 @@ def _memory_manager() -> type:
 
 
 def digest(images: Images) -> str:
-    """sha256 (hex) of shape, pixels and labels: the name of the set's .beton."""
+    """sha256 (hex) of shape, pixels and labels, or of the images' name: the name of the set's .beton."""
+    if images.name:
+        return hashlib.sha256(images.name.encode()).hexdigest()
     sha = hashlib.sha256(repr(images.pixels.shape).encode())
     sha.update(np.ascontiguousarray(images.pixels).data)
     sha.update(images.labels.astype("<i8").tobytes())
@@ -248,7 +250,7 @@ def _write(path: Path, images: Images) -> None:
         allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
         try:
             with allocator:
-                for i, sample in enumerate(zip(images.pixels, images.labels, strict=True)):
+                for i, sample in enumerate(zip(np.asarray(images.pixels), images.labels, strict=True)):
                     handle_sample(sample, i, metadata.dtype.names, metadata, allocator, fields)
         finally:
             allocator.fp.close()  # FFCV leaves it open where a page cannot be written

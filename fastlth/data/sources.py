@@ -1,10 +1,14 @@
 """Data sets as uint8 arrays: found, checked, and downloaded where they are not there yet.
 
-    mnist      ROOT/MNIST/raw/*               torchvision reads and downloads it
-    cifar-10   ROOT/cifar-10-batches-py/*     torchvision reads and downloads it
-    digits     part of scikit-learn           every fifth image is a test image
+    mnist           ROOT/MNIST/raw/*               torchvision reads and downloads it
+    fashion-mnist   ROOT/FashionMNIST/raw/*        likewise
+    cifar-10        ROOT/cifar-10-batches-py/*     likewise; cifar-10a and cifar-10b are its halves
+    cifar-100       ROOT/cifar-100-python/*        likewise
+    svhn            ROOT/svhn/*.mat                likewise
+    digits          part of scikit-learn           every fifth image is a test image
 
-Every file is compared with its known size and md5 before it is read (CIFAR-10's files are pickles).
+Every file is compared with its known size and md5 before it is read (CIFAR's files are pickles; of Fashion-MNIST
+sizes alone are known, and its files are plain numbers).
 A set whose files are complete is only ever read; a download appears whole or not at all.
 """
 
@@ -15,7 +19,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -27,16 +31,37 @@ from numpy.typing import NDArray
 
 from fastlth.catalogue import dataset_name
 from fastlth.errors import DataError
+from fastlth.recipe import DataSection
+
+
+class Rows:
+    """Some images of a set that is mapped from a file, read when they are asked for: ``set[indices]``, later."""
+
+    def __init__(self, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> None:
+        self._pixels, self._indices = pixels, indices
+        self.shape = (len(indices), *pixels.shape[1:])
+
+    def __getitem__(self, places: slice | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        rows: NDArray[np.uint8] = self._pixels[self._indices[places]]
+        return rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[:], dtype)
+
+
+Pixels = NDArray[np.uint8] | Rows
 
 
 @dataclass(frozen=True)
 class Images:
     """The images of a split and their labels, 0 to classes - 1."""
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     """[N, H, W, C]"""
     labels: NDArray[np.int64]
     """[N]"""
+    name: str = ""
+    """of images that are mapped from a file: what their content is known by, so that nobody has to read them all"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +76,9 @@ class Source:
 @dataclass(frozen=True)
 class File:
     name: str
-    size: int
-    md5: str
+    size: int | None
+    md5: str | None
+    """None: not known"""
 
 
 @dataclass(frozen=True)
@@ -79,8 +105,26 @@ FILES: dict[str, Files] = {
         File("test_batch", 31_035_526, "40351d587109b95175f43aff81a1287e"),
         File("batches.meta", 158, "5ff9c542aee3614f3951f8cda6e48888"),
     )),
+    "cifar-100": Files("cifar-100-python", (
+        File("train", 155_249_918, "16019d7e3df5f24257cddd939b257f8d"),
+        File("test", None, "f0ef6b0ae62326f3e7ffdfab6717acfc"),
+        File("meta", None, "7973b15100ade9c7d40fb424638fde48"),
+    )),
+    "fashion-mnist": Files("FashionMNIST/raw", (
+        File("train-images-idx3-ubyte", 47_040_016, None),
+        File("train-labels-idx1-ubyte", 60_008, None),
+        File("t10k-images-idx3-ubyte", 7_840_016, None),
+        File("t10k-labels-idx1-ubyte", 10_008, None),
+    )),
+    "svhn": Files("svhn", (
+        File("train_32x32.mat", 182_040_794, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+        File("test_32x32.mat", 64_275_384, "eb5a983be6a315427106f1b164d9cef3"),
+    )),
     "digits": Files(".", ()),
 }  # fmt: skip
+
+PARTS = {"cifar-10a": "cifar-10", "cifar-10b": "cifar-10"}
+"""sets that are part of another one's files"""
 
 
 def data_root(explicit: Path | None = None) -> Path:
@@ -98,11 +142,11 @@ def load(name: str, root: Path, download: bool = True, tables: Mapping[str, File
     nothing of the set is there and it cannot be (or, without ``download``, may not be) downloaded.
     """
     name = dataset_name(name)
-    table = tables[name]
+    table = tables[PARTS.get(name, name)]
     if _problem(table, root) == "missing":
         if not download:
             raise DataError(f"{name} is not in {root / table.folder}; {_where(table, root)}")
-        _download(name, table, root)
+        _download(PARTS.get(name, name), table, root)
     problem = _problem(table, root) or _damage(table, root)
     if problem:
         raise DataError(
@@ -112,9 +156,23 @@ def load(name: str, root: Path, download: bool = True, tables: Mapping[str, File
     return Source(name, train, test)
 
 
+def load_for(data: DataSection, data_dir: str | Path | None = None) -> Source:
+    """The images of a recipe: ``load`` for a set of the catalogue, else those of the function or folder it names.
+
+    ``data_dir`` as for ``data_root``. Raises also DataError where these are not what they were when the recipe was
+    composed.
+    """
+    if not data.own:
+        return load(data.name, data_root(Path(data_dir) if data_dir else None))
+    from fastlth.data import own
+
+    return own.load(data)
+
+
 def state(name: str, root: Path, tables: Mapping[str, Files] = FILES) -> str:
     """ "ready", "missing" or "damaged: <what>", from file sizes alone; nothing is read."""
-    problem = _problem(tables[dataset_name(name)], root)
+    name = dataset_name(name)
+    problem = _problem(tables[PARTS.get(name, name)], root)
     if problem in ("", "missing"):
         return problem or "ready"
     return f"damaged: {problem}"
@@ -136,7 +194,7 @@ def _problem(table: Files, root: Path) -> str:
     for file in table.files:
         if file not in sizes:
             return f"{folder / file.name} is missing"
-        if sizes[file] != file.size:
+        if file.size not in (None, sizes[file]):
             return f"{folder / file.name} has {sizes[file]} bytes instead of {file.size}"
     return ""
 
@@ -150,7 +208,7 @@ def _damage(table: Files, root: Path) -> str:
                 found = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-        if found != file.md5:
+        if file.md5 not in (None, found):
             return f"{path} has the md5 sum {found} instead of {file.md5}"
     return ""
 
@@ -159,7 +217,12 @@ def _download(name: str, table: Files, root: Path) -> None:
     """Fetch a set into a temporary folder, check it, move it into place; on failure leave nothing behind."""
     import torchvision.datasets as sets
 
-    fetch: dict[str, Any] = {"mnist": sets.MNIST, "cifar-10": sets.CIFAR10}
+    def svhn(folder: str, download: bool) -> None:
+        for split in ("train", "test"):
+            sets.SVHN(Path(folder) / "svhn", split, download=download)
+
+    fetch: dict[str, Any] = {"mnist": sets.MNIST, "fashion-mnist": sets.FashionMNIST, "cifar-10": sets.CIFAR10,
+                             "cifar-100": sets.CIFAR100, "svhn": svhn}  # fmt: skip
     final = root / table.folder
     try:
         with _folders(final.parent), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=final.parent) as temporary:
@@ -192,26 +255,46 @@ def _folders(path: Path) -> Iterator[None]:
         raise
 
 
-def _mnist(root: Path) -> tuple[Images, Images]:
+def _mnist(root: Path, folder: str = "MNIST") -> tuple[Images, Images]:
     # Not through torchvision's MNIST class: it prefers old processed/*.pt files, which nobody checks.
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     def read(part: str) -> Images:
-        raw = root / "MNIST" / "raw"
+        raw = root / folder / "raw"
         pixels = read_image_file(raw / f"{part}-images-idx3-ubyte").numpy()
         return Images(pixels[..., None], read_label_file(raw / f"{part}-labels-idx1-ubyte").numpy())
 
     return read("train"), read("t10k")
 
 
-def _cifar(root: Path) -> tuple[Images, Images]:
-    from torchvision.datasets import CIFAR10
+def _cifar(root: Path, kind: str = "CIFAR10") -> tuple[Images, Images]:
+    import torchvision.datasets as sets
 
     def read(train: bool) -> Images:
-        part = CIFAR10(root, train=train, download=False)
+        part = getattr(sets, kind)(root, train=train, download=False)
         return Images(np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64))
 
     return read(True), read(False)
+
+
+def _half(root: Path, second: bool) -> tuple[Images, Images]:
+    """Half of CIFAR-10's training images: of each class the first half in the order of the files, or the second."""
+    train, test = _cifar(root)
+    later = np.zeros(len(train.labels), bool)
+    for label in np.unique(train.labels):
+        places = np.flatnonzero(train.labels == label)
+        later[places[len(places) // 2 :]] = True
+    return Images(train.pixels[later == second], train.labels[later == second]), test
+
+
+def _svhn(root: Path) -> tuple[Images, Images]:
+    from torchvision.datasets import SVHN
+
+    def read(split: str) -> Images:
+        part = SVHN(root / "svhn", split, download=False)
+        return Images(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels.astype(np.int64))
+
+    return read("train"), read("test")
 
 
 def _digits(root: Path) -> tuple[Images, Images]:
@@ -224,4 +307,13 @@ def _digits(root: Path) -> tuple[Images, Images]:
     return Images(pixels[~test], labels[~test]), Images(pixels[test], labels[test])
 
 
-READERS = {"mnist": _mnist, "cifar-10": _cifar, "digits": _digits}
+READERS: dict[str, Callable[[Path], tuple[Images, Images]]] = {
+    "mnist": _mnist,
+    "fashion-mnist": lambda root: _mnist(root, "FashionMNIST"),
+    "cifar-10": _cifar,
+    "cifar-10a": lambda root: _half(root, second=False),
+    "cifar-10b": lambda root: _half(root, second=True),
+    "cifar-100": lambda root: _cifar(root, "CIFAR100"),
+    "svhn": _svhn,
+    "digits": _digits,
+}

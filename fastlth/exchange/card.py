@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastlth.catalogue import DATASETS
 from fastlth.recipe import Recipe
 
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"
@@ -61,7 +60,7 @@ _RESULTS = """
 
 def config(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     """config.json: ``facts`` and the net's shape."""
-    data = DATASETS[recipe.data.name]
+    data = recipe.data.facts
     document = {
         "library_name": "fastlth", "model_type": recipe.model.name, "image_shape": list(data.shape),
         "num_labels": data.classes, **facts,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastlth
-from fastlth.catalogue import DATASETS
+from fastlth import models
 from fastlth.errors import RecipeError, unknown
 from fastlth.exchange import card, target
 from fastlth.models import skeleton
@@ -67,7 +67,7 @@ def _safetensors(ticket: LoadedTicket, round: int, out: Path) -> None:
 
 def _state_dict(ticket: LoadedTicket, round: int, out: Path) -> None:
     """What ``model.load_state_dict`` of the plain net takes."""
-    _torch_save(_masked(ticket, round), out)
+    _torch_save({n: v.detach() for n, v in ticket.model(round).state_dict().items()}, out)
 
 
 def _torch_prune(ticket: LoadedTicket, round: int, out: Path) -> None:
@@ -79,7 +79,7 @@ def _torch_prune(ticket: LoadedTicket, round: int, out: Path) -> None:
     masks = ticket.mask(round)
     values = ticket.rewind() if prune.rewinds else ticket.start(round)
     state: dict[str, Tensor] = {}
-    for name in skeleton(ticket.recipe).state_dict():  # in the order of the net; a ticket's is alphabetical
+    for name in models.state(skeleton(ticket.recipe)):  # in the order of the net; a ticket's is alphabetical
         value = values[name]
         if name in masks:
             state |= {f"{name}_orig": value, f"{name}_mask": masks[name].to(value.dtype)}
@@ -104,7 +104,7 @@ def _hf(ticket: LoadedTicket, round: int, out: Path) -> None:
 def _onnx(ticket: LoadedTicket, round: int, out: Path) -> None:
     """The masked net in inference mode: ``images`` [batch, C, H, W] -> ``logits`` [batch, classes]."""
     # Two images, since torch.export takes a dimension of one for a constant.
-    images = torch.zeros(2, *DATASETS[ticket.recipe.data.name].shape)
+    images = torch.zeros(2, *ticket.recipe.data.facts.shape)
     program = torch.onnx.export(
         ticket.model(round).eval(), (images,), dynamo=True, verbose=False, input_names=["images"],
         output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -124,7 +124,7 @@ FORMATS: dict[str, Callable[[LoadedTicket, int, Path], None]] = {
 
 
 def _masked(ticket: LoadedTicket, round: int) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in ticket.model(round).state_dict().items()}
+    return models.state(ticket.model(round))
 
 
 def _facts(ticket: LoadedTicket, round: int) -> dict[str, str]:

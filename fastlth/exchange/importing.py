@@ -17,7 +17,7 @@ from fastlth.errors import RecipeError, TicketError, unknown
 from fastlth.exchange import foreign, matching, target
 from fastlth.exchange.foreign import Foreign
 from fastlth.masks import Masks, nested
-from fastlth.models import skeleton, weight_names
+from fastlth.models import skeleton, state, weight_names
 from fastlth.recipe import LAST_ROUND, Recipe
 from fastlth.store import ticket as files
 from fastlth.store.ticket import Ticket
@@ -101,7 +101,7 @@ def _ticket(found: Foreign, recipe: Recipe) -> tuple[Ticket, list[str]]:
     else:
         raise TicketError(f"it has no rewind values, and a seed gives those of iteration 0 only; "
                           f"leave out prune.rewind_to={recipe.prune.rewind_to}")  # fmt: skip
-    shapes = net.state_dict()
+    shapes = state(net)
     ticket = Ticket(
         recipe=recipe, resolved={}, rewind=values, rewind_iteration=recipe.prune.rewind_to, pruned_at=pruned_at,
         all_weights=sum(shapes[name].numel() for name in weight_names(net)), rounds=({},) * len(rounds),

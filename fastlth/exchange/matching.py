@@ -13,6 +13,7 @@ from torch import Size, Tensor, nn
 from fastlth.errors import TicketError
 from fastlth.exchange.foreign import Foreign
 from fastlth.masks import Masks, kept
+from fastlth.models import state as state_of
 from fastlth.models import weight_names
 
 _ADVICE = "choose the --model, --dataset and --set that it was made with"
@@ -36,7 +37,7 @@ def masks(foreign: Foreign, model: nn.Module) -> list[Masks]:
 
 def rewind(foreign: Foreign, model: nn.Module) -> dict[str, NDArray[Any]]:
     """Every parameter and buffer of ``model``, in its shapes and dtypes. Raises TicketError where one is missing."""
-    wanted = model.state_dict()
+    wanted = state_of(model)
     same = foreign.state.keys() == wanted.keys()
     state = foreign.state if same else _by_place(foreign.state, wanted, _names(foreign, model))
     values = {}
@@ -51,7 +52,7 @@ def rewind(foreign: Foreign, model: nn.Module) -> dict[str, NDArray[Any]]:
 
 def _names(foreign: Foreign, model: nn.Module) -> dict[str, str]:
     """Their name of each Linear and Conv weight -> ours."""
-    state = model.state_dict()
+    state = state_of(model)
     ours = {name: state[name].shape for name in weight_names(model)}
     theirs = _weights(foreign)
     if theirs.keys() <= ours.keys():

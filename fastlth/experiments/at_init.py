@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from fastlth_kernels.philox import Key
 from torch import Tensor
 
-from fastlth.catalogue import DATASETS
 from fastlth.data.normalise import normalise, table
 from fastlth.data.order import epoch_order
 from fastlth.errors import RecipeError
 from fastlth.experiments.control import Control
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
-from fastlth.models import skeleton
+from fastlth.models import loaded
 from fastlth.pruning import at_init, budget
 from fastlth.recipe import Recipe
 from fastlth.training.engines.make import make_splits
@@ -31,9 +31,8 @@ def masks_at_init(
     shares = _budget(bench, control, recipe, target)
     if method in ("random", "even", "erk"):
         return budget.random_masks(bench.prunable, shares, numbers=bench.numbers, round=0, key=key)
-    model = skeleton(bench.recipe).to_empty(device="cpu")
-    model.load_state_dict(theta0)
-    facts = DATASETS[recipe.data.name]
+    model = loaded(bench.recipe, theta0)
+    facts = recipe.data.facts
     if method == "synflow":
         return at_init.synflow(model, shares, facts.shape, numbers=bench.numbers, key=key)
     if method == "magnitude":
@@ -59,6 +58,6 @@ def _images(bench: Workbench, recipe: Recipe, count: int) -> tuple[Tensor, Tenso
     if count > len(images.labels):
         raise RecipeError(f"--images must be at most the {len(images.labels)} training images, got {count}")
     first = epoch_order(len(images.labels), 0, recipe.seeds.key("order"))[:count]
-    pixels = torch.from_numpy(images.pixels[first]).permute(0, 3, 1, 2)
-    lookup = table(recipe.data.name, recipe.data.normalise)
+    pixels = torch.from_numpy(np.asarray(images.pixels[first])).permute(0, 3, 1, 2)
+    lookup = table(recipe.data.facts, recipe.data.normalise)
     return normalise(pixels, lookup, torch.float32), torch.from_numpy(images.labels[first])

@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastlth import models
 from fastlth.data.normalise import normalise, table
 from fastlth.errors import RecipeError, TicketError
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
-from fastlth.models import build, skeleton
+from fastlth.models import build, loaded
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, strict_json
 from fastlth.tickets import LoadedTicket
@@ -121,8 +122,7 @@ def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[
     uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32."""
     if not any(name.endswith("running_mean") for name in state):
         return dict(state)
-    model = skeleton(recipe).to_empty(device="cpu")
-    model.load_state_dict(state)
+    model = loaded(recipe, state)
     device = torch.device(recipe.compute.device)
     model.to(device).eval()
     for module in model.modules():
@@ -130,10 +130,10 @@ def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[
             module.train()
             module.reset_running_stats()
             module.momentum = None  # torch's way to say: a plain mean
-    values = table(recipe.data.name, recipe.data.normalise).to(device)
+    values = table(recipe.data.facts, recipe.data.normalise).to(device)
     for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
         model(normalise(images.to(device).permute(0, 3, 1, 2), values))
-    return dict(model.state_dict())
+    return models.state(model)
 
 
 def copy_name(k: int, seed: int) -> str:
@@ -181,7 +181,7 @@ class _Copies:
         """theta_k of a copy, and what the name of its folder says of it."""
         if copy == 1 and self._plan.different_init:
             seed = self._plan.seeds[1]
-            return build(_with_seeds(self._recipe, init=seed)).state_dict(), f"-init{seed}"
+            return models.state(build(_with_seeds(self._recipe, init=seed))), f"-init{seed}"
         if self._theta is None:
             self._theta = self._theta_k()
         return self._theta, ""
@@ -216,7 +216,9 @@ class _Copies:
         engine.set_masks(masks)
         alphas: list[float] = []
         errors: dict[str, list[float]] = {"train": [], "test": []}
-        pixels = make_splits(recipe, self._bench.source)["train"].pixels if plan.batch_norm == "recompute" else None
+        pixels = None
+        if plan.batch_norm == "recompute":
+            pixels = np.asarray(make_splits(recipe, self._bench.source)["train"].pixels)
         for alpha, state in line(first, second, plan.points):
             if pixels is not None and 0 < alpha < 1:
                 state = recomputed(recipe, state, pixels)

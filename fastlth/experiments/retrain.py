@@ -9,7 +9,7 @@ from typing import Any
 
 from fastlth import masks as mask_tools
 from fastlth.composition import adjust
-from fastlth.data.sources import data_root, load
+from fastlth.data.sources import load_for
 from fastlth.experiments.settled import as_known, compute_of
 from fastlth.search import round_result, winning_round
 from fastlth.tickets import LoadedTicket
@@ -31,7 +31,7 @@ def retrain(
         round = len(ticket.rounds) - 1 if round is None else round
     masks = ticket.mask(round)
     recipe = adjust(ticket.recipe, settings or {})
-    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    source = load_for(recipe.data, data_dir)
     # what auto became in the search is part of its bits: threads, precision, which layers run from kept weights
     known = ticket.file.resolved if recipe.compute == ticket.recipe.compute else {}
     resolved = as_known(recipe, lambda candidate: make_engine(candidate, source), known)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastlth import masks as mask_tools
-from fastlth.data.sources import Source, data_root, load
+from fastlth.data.sources import Source, load_for
 from fastlth.errors import Stopped
 from fastlth.experiments.settled import compute_of
 from fastlth.recipe import Recipe
@@ -54,7 +54,7 @@ def search_rewind_points(
             resolved = read_recipe(done[0].replicates[0].path / RECIPE)[1] if done else None
             shared = bool(done) and _same_dense_round(recipe, [r.path for r in done[0].replicates])
             if shared:
-                source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+                source = load_for(recipe.data, data_dir)
                 for replicate in done[0].replicates:
                     seeds = dataclasses.replace(recipe.seeds, base=replicate.seed)
                     one = dataclasses.replace(recipe, seeds=seeds)

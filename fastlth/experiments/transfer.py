@@ -23,14 +23,13 @@ from torch import Tensor
 
 from fastlth.catalogue import dataset_name
 from fastlth.composition import adjust
-from fastlth.data.sources import data_root, load
+from fastlth.data.sources import load_for
 from fastlth.errors import RecipeError
 from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import branch_name
 from fastlth.masks import Masks
-from fastlth.models import skeleton, weight_names
-from fastlth.models.init import initialise_
+from fastlth.models import draw, skeleton, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.pruning.draws import permutation
 from fastlth.recipe import Recipe
@@ -69,7 +68,7 @@ def transfer(
 
     digest = transfer_digest(ticket.recipe, recipe, random_ticket)
     folder = ticket.folder / "branches" / branch_name("transfer", digest)
-    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    source = load_for(recipe.data, data_dir)
     known = ticket.file.resolved if recipe.compute == ticket.recipe.compute else None
     ready = settled(recipe, folder, lambda candidate: make_engine(candidate, source), known)
     result = Trial(folder, digest, round).run(ready, make_engine(ready, source), lambda: start,
@@ -139,9 +138,7 @@ def shuffled(masks: Masks, key: Key) -> Masks:
 
 def _fresh(recipe: Recipe) -> dict[str, Tensor]:
     """Values from the initial distribution, by the stream ``branch``: another draw than theta0 of the same seed."""
-    net = skeleton(recipe).to_empty(device="cpu")
-    initialise_(net, recipe.seeds.key("branch"), recipe.model.bias_init)
-    return {n: t.detach() for n, t in net.state_dict().items()}
+    return state(draw(recipe, recipe.seeds.key("branch")))
 
 
 def _layer(name: str) -> str:

@@ -10,14 +10,13 @@ from fastlth_kernels.philox import Key, philox
 from torch import Tensor
 
 from fastlth import masks as mask_tools
-from fastlth.data.sources import Source, data_root, load
+from fastlth.data.sources import Source, load_for
 from fastlth.errors import RecipeError, TicketError
 from fastlth.experiments.control import Control
 from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.masks import Masks
-from fastlth.models import build, skeleton, weight_names
-from fastlth.models.init import initialise_
+from fastlth.models import build, draw, skeleton, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import PruneSection, Recipe, SeedsSection
 from fastlth.store import weights
@@ -42,7 +41,7 @@ class Workbench:
         self.ticket: LoadedTicket | None = None
         if (self.path / TICKET).exists():
             self.ticket = load_ticket(self.path / TICKET)
-        self.source: Source = load(self.recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+        self.source: Source = load_for(self.recipe.data, data_dir)
         self.show, self.stopped = show, stopped
         model = skeleton(self.recipe)
         parameters = dict(model.named_parameters())
@@ -72,13 +71,11 @@ class Workbench:
         """The initial values, also where the ticket holds those of a later iteration."""
         if self.ticket is not None and self.ticket.file.rewind_iteration == 0:
             return self.ticket.rewind()
-        return _values(build(self.recipe))
+        return state(build(self.recipe))
 
     def fresh(self, key: Key) -> dict[str, Tensor]:
         """A new draw from the initial distribution, biases and batch norm included."""
-        model = skeleton(self.recipe).to_empty(device="cpu")
-        initialise_(model, key, self.recipe.model.bias_init)
-        return _values(model)
+        return state(draw(self.recipe, key))
 
     def dense(self) -> dict[str, Tensor]:
         """The weights that the search's round 0 ended with: kept ones, else the round is trained again and kept.
@@ -130,7 +127,3 @@ def run_folder(path: Path) -> Path:
 def plain(prune: PruneSection) -> PruneSection:
     """``prune`` as controls have it: without mask actions and early bird."""
     return dataclasses.replace(prune, mask_1="none", mask_0="mask", constant=None, early_bird=0.0)
-
-
-def _values(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {n: t.detach() for n, t in model.state_dict().items()}

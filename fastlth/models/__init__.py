@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from fastlth_kernels.philox import Key
+from torch import Tensor, nn
 
-from fastlth.catalogue import DATASETS
+from fastlth.errors import TicketError
+from fastlth.models import own
 from fastlth.models.conv import CONV_2, CONV_4, CONV_6, VGG_19, conv_n, vgg
 from fastlth.models.dropout import add_dropout_
 from fastlth.models.init import INIT_VERSION as INIT_VERSION
+from fastlth.models.init import LAYERS as LAYERS
 from fastlth.models.init import initialise_
 from fastlth.models.lenet import Shape, lenet_5, lenet_300_100
 from fastlth.recipe import Recipe
@@ -29,7 +32,9 @@ MODELS: dict[str, Callable[[Shape, int, bool], nn.Module]] = {
 def skeleton(recipe: Recipe) -> nn.Module:
     """The recipe's net on the meta device: shapes and names, no values. Raises RecipeError if it does not fit
     the images."""
-    facts = DATASETS[recipe.data.name]
+    if recipe.model.own:
+        return own.outline(recipe)
+    facts = recipe.data.facts
     with torch.device("meta"):
         model = MODELS[recipe.model.name](facts.shape, facts.classes, recipe.model.batch_norm)
         if recipe.model.dropout:
@@ -39,12 +44,45 @@ def skeleton(recipe: Recipe) -> nn.Module:
 
 def build(recipe: Recipe) -> nn.Module:
     """The recipe's net on the CPU with theta0 in it, float32."""
-    model = skeleton(recipe).to_empty(device="cpu")
-    initialise_(model, recipe.seeds.key("init"), recipe.model.bias_init)
+    return draw(recipe, recipe.seeds.key("init"))
+
+
+def draw(recipe: Recipe, key: Key) -> nn.Module:
+    """The recipe's net on the CPU with values drawn from its initial distribution: theta0 if the key is its own."""
+    if recipe.model.own:
+        model = own.construct(recipe, key)
+    else:
+        model = skeleton(recipe).to_empty(device="cpu")
+    if not recipe.model.own or recipe.model.init == "glorot":
+        initialise_(model, key, recipe.model.bias_init)
     return model
+
+
+def loaded(recipe: Recipe, values: Mapping[str, Tensor]) -> nn.Module:
+    """The recipe's net on the CPU with these values, by the names of ``state``; all of them, and no others."""
+    model = own.construct(recipe, (0, 0)) if recipe.model.own else skeleton(recipe).to_empty(device="cpu")
+    tensors = state(model)
+    wrong = [name for name in tensors.keys() | values.keys()
+             if name not in tensors or name not in values or tensors[name].shape != values[name].shape]  # fmt: skip
+    if wrong:
+        raise TicketError(f"the values are not of this net, which differs from them in {', '.join(sorted(wrong))}; "
+                          "take the net they were saved from")  # fmt: skip
+    for name, tensor in tensors.items():
+        tensor.copy_(values[name])
+    return model
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers as ``state_dict`` names them, detached; a tensor that layers share once, by its first
+    name."""
+    named: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            named.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(named.values())
 
 
 def weight_names(model: nn.Module) -> list[str]:
     """Names of the weights of all Linear and Conv layers, in model order; a shared weight once."""
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, LAYERS)}
     return [name for name, p in model.named_parameters() if id(p) in weights]

@@ -18,6 +18,9 @@ from torch import nn
 INIT_VERSION = 1
 """Raised when any bit of any theta0 changes; tickets that store a seed name the version they need."""
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""the layers whose weights are pruned, counted and drawn here"""
+
 _BLOCK = 1 << 15  # elements at a time: the temporaries stay in cache
 
 # AS 241 (PPND16), numerator and denominator from the highest power down to the constant.
@@ -90,18 +93,19 @@ def initialise_(model: nn.Module, key: Key, bias: str = "zero") -> None:
     """Fill every parameter and buffer in place: Glorot normal weights (Glorot & Bengio 2010, Gaussian form).
 
     Biases are zero, or with ``bias="uniform"`` uniform in +-1/sqrt(fan_in); batch norm starts at
-    scale 1, shift 0, mean 0, variance 1. The stream of a tensor is its place among the parameters.
+    scale 1, shift 0, mean 0, variance 1. The stream of a tensor is its place among the parameters; one that layers
+    share is drawn by the last of them.
     """
-    numbers = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+    numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+    for module in model.modules():
+        if isinstance(module, LAYERS) and id(module.weight) in numbers:
             outputs, inputs = module.weight.shape[:2]
             field = module.weight[0, 0].numel()
             std = math.sqrt(2.0 / ((inputs + outputs) * field))
-            _fill(module.weight, std * normal(numbers[f"{prefix}.weight"], module.weight.numel(), key))
+            _fill(module.weight, std * normal(numbers[id(module.weight)], module.weight.numel(), key))
             if module.bias is not None and bias == "uniform":
                 bound = 1.0 / math.sqrt(inputs * field)
-                _fill(module.bias, bound * uniform(numbers[f"{prefix}.bias"], outputs, key))
+                _fill(module.bias, bound * uniform(numbers[id(module.bias)], outputs, key))
             elif module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):

@@ -17,23 +17,37 @@ from fastlth.recipe import PruneSection, exact
 def layer_rates(weights: Iterable[str], prune: PruneSection) -> dict[str, Fraction]:
     """Share of its kept weights each prunable layer loses per round; layers with factor 0 are left out.
 
-    ``weights`` are names like "fc1.weight"; patterns of ``prune.scale`` are matched against "fc1",
-    the first match wins. Raises RecipeError for a pattern that matches nothing, for nothing left to
-    prune, and for global scope with unequal rates.
+    ``weights`` are names like "fc1.weight"; patterns of ``prune.only``, ``never`` and ``scale`` are matched
+    against "fc1", in ``scale`` the first match wins. Raises RecipeError for a pattern that matches nothing, for
+    nothing left to prune, and for global scope with unequal rates.
     """
     layers = {name: name.removesuffix(".weight") for name in weights}
-    for pattern in prune.scale:
-        if not any(fnmatchcase(layer, pattern) for layer in layers.values()):
-            names = ", ".join(layers.values())
-            raise RecipeError(f"prune.scale pattern '{pattern}' matches no layer; there are: {names}")
-    rates = {name: exact(prune.rate) * _factor(layer, prune.scale) for name, layer in layers.items()}
+    if not layers:
+        raise RecipeError("the net has no prunable layer, that is no Linear and no Conv layer; give one that has")
+    only, never = prune.only or (), prune.never or ()
+    for setting, patterns in (("scale", prune.scale), ("only", only), ("never", never)):
+        for pattern in patterns:
+            if not any(fnmatchcase(layer, pattern) for layer in layers.values()):
+                names = ", ".join(layers.values())
+                raise RecipeError(f"prune.{setting} pattern '{pattern}' matches no layer; there are: {names}")
+    rates = {
+        name: exact(prune.rate) * _factor(layer, prune.scale)
+        for name, layer in layers.items()
+        if (not only or _matches(layer, only)) and not _matches(layer, never)
+    }
     rates = {name: rate for name, rate in rates.items() if rate > 0}
     if not rates:
-        raise RecipeError("prune.scale leaves no layer to prune; give at least one layer a factor above 0")
+        settings = [f"prune.{s}" for s, given in (("only", only), ("never", never)) if given] or ["prune.scale"]
+        raise RecipeError(f"{' and '.join(settings)} leaves no layer to prune; "
+                          "give at least one layer a factor above 0")  # fmt: skip
     if prune.scope == "global" and len(set(rates.values())) > 1:
         raise RecipeError("prune.scope global ranks all layers together and needs one rate; "
                           "make all factors of prune.scale 1 or 0, or use scope layer")  # fmt: skip
     return rates
+
+
+def _matches(layer: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def _factor(layer: str, scale: Mapping[str, float]) -> Fraction:

@@ -44,6 +44,8 @@ def lowest(values: Tensor, count: int, index: Tensor, tensor: Tensor, round: int
     """bool [n]: True for the ``count`` lowest of ``values`` [n]; index and tensor [n] say where each stands."""
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
+    if values.device.type == "mps":  # which cannot find the k-th value; once a round
+        return lowest(values.cpu(), count, index.cpu(), tensor.cpu(), round, key).to(values.device)
     threshold = values.kthvalue(count).values
     removed = values < threshold
     tied = (values == threshold).nonzero().squeeze(1)

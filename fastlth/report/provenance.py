@@ -9,7 +9,7 @@ from typing import Any
 
 from fastlth import toml
 from fastlth.composition import compose, presets_for
-from fastlth.recipe import Recipe
+from fastlth.recipe import FACTS, Recipe
 from fastlth.report.subject import Subject
 
 FLAGS = {
@@ -41,13 +41,24 @@ def nearest(recipe: Recipe) -> tuple[str | None, tuple[Difference, ...]]:
     return min(candidates, key=lambda c: len(c[1]))
 
 
+def _composed(recipe: Recipe, preset: str | None, settings: dict[str, Any]) -> Recipe:
+    """What ``compose`` makes of the recipe's pair. What was measured of one's own net and data is taken from the
+    recipe: neither need be here."""
+    if not recipe.model.own and not recipe.data.own:
+        return compose(recipe.model.name, recipe.data.name, preset=preset, settings=settings).recipe
+    known = recipe.to_dict()
+    pair = {s: {k: v for k, v in known[s].items() if k in ("name", *FACTS)} for s in ("model", "data")}
+    train = {key.removeprefix("train."): value for key, value in settings.items()}
+    return Recipe.from_dict({**pair, "train": train})
+
+
 def _differences(recipe: Recipe, preset: str | None) -> tuple[Difference, ...]:
     train = recipe.train
     needed = {} if preset else {"train.iterations": 1, "train.batch_size": 1, "train.lr": 1.0}
-    base = _flat(compose(recipe.model.name, recipe.data.name, preset=preset, settings=needed).recipe)
+    base = _flat(_composed(recipe, preset, needed))
     # a changed number of iterations moves warm-up and milestones with it: those are no differences of their own
     asked = {**needed, "train.iterations": train.iterations}
-    scaled = _flat(compose(recipe.model.name, recipe.data.name, preset=preset, settings=asked).recipe)
+    scaled = _flat(_composed(recipe, preset, asked))
     here = _flat(recipe)
     return tuple(
         Difference(key, None if key in needed else base.get(key), here.get(key))

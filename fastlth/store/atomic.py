@@ -26,6 +26,8 @@ _FULL = {
     errno.EFBIG: "the limit on file sizes is reached",
 }
 _TEMPORARY = ".tmp"
+BINARY: int = getattr(os, "O_BINARY", 0)
+"""for os.open: Windows changes line ends otherwise. (No program we start inherits a file, on any system.)"""
 
 
 def explain(error: OSError, path: Path) -> FastlthError:
@@ -41,7 +43,7 @@ def explain(error: OSError, path: Path) -> FastlthError:
 
 def open_new(path: Path) -> int:
     """A file descriptor to write to a file that must not exist yet; these five raise OSError."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
 
 
 def write_all(fd: int, data: Buffer) -> None:
@@ -67,8 +69,10 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames, creations and removals in ``folder`` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    """Make renames, creations and removals in ``folder`` survive a power cut, where folders can be opened."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
     try:
         sync(fd)
     except OSError as error:

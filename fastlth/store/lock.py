@@ -1,14 +1,14 @@
-"""One writer per run: an flock on the file ``lock``, in which the holder says who it is.
+"""One writer per run: a lock of the system's on the file ``lock``, in which the holder says who it is.
 
-The kernel lets go of an flock when its holder ends, however it ends, so there is no stale lock to
+The system lets go of the lock when its holder ends, however it ends, so there is no stale lock to
 recognise: what a dead holder wrote into the file is simply overwritten. The file itself is never
-removed, since a lock on a removed file guards nothing.
+removed, since a lock on a removed file guards nothing. (The filelock package would empty the file while
+another process holds it, and with it the name.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -17,6 +17,24 @@ from pathlib import Path
 
 from fastlth.errors import RunLockedError
 from fastlth.store import atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    def _take(fd: int) -> None:
+        """One byte far behind the name, since locked bytes cannot be read by others."""
+        os.lseek(fd, 1 << 30, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        except PermissionError as error:
+            raise BlockingIOError from error
+else:
+
+    def _take(fd: int) -> None:
+        """Hold the file's lock until it is closed. Raises BlockingIOError if somebody else does."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Lock:
@@ -29,11 +47,11 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | atomic.BINARY, 0o666)
         except OSError as error:
             raise atomic.explain(error, path) from error
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(self._fd)
         except BlockingIOError as error:
             holder = _describe(self._fd)
             os.close(self._fd)
@@ -44,6 +62,7 @@ class Lock:
             raise atomic.explain(error, path) from error
         with contextlib.suppress(OSError):  # a courtesy: on a full disk the lock holds without a name in it
             os.ftruncate(self._fd, 0)
+            os.lseek(self._fd, 0, os.SEEK_SET)
             atomic.write_all(self._fd, _name())
 
     def release(self) -> None:
@@ -62,7 +81,8 @@ def _name() -> bytes:
 
 def _describe(fd: int) -> str:
     try:
-        holder = json.loads(os.pread(fd, 4096, 0))
+        os.lseek(fd, 0, os.SEEK_SET)
+        holder = json.loads(os.read(fd, 4096))
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
     except (ValueError, KeyError, TypeError, OSError):  # it has not written its name yet
         return "another process"

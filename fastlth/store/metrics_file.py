@@ -27,7 +27,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | atomic.BINARY, 0o666)
             self._bytes = os.fstat(self._fd).st_size
         except OSError as error:
             raise atomic.explain(error, path) from error

@@ -23,7 +23,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastlth import toml
+from fastlth import specs, toml
 from fastlth.errors import RecipeError, TicketError
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, container, inspect, strict_json
@@ -206,7 +206,13 @@ def read_recipe(file: Path) -> tuple[Recipe, dict[str, Any]]:
 
 def parent_folder(out: Path, recipe: Recipe) -> Path:
     """Where the runs of a recipe lie, one folder per seed."""
-    return out / f"{recipe.model.name}-{recipe.data.name}-{recipe.digest[:8]}"
+    return out / f"{_word(recipe.model.name)}-{_word(recipe.data.name)}-{recipe.digest[:8]}"
+
+
+def _word(name: str) -> str:
+    """A name as part of a file name on any system; of an image folder's path the last part."""
+    path = specs.folder(name)
+    return re.sub(r"[^\w.-]+", "-", name if path is None else re.split(r"[/\\]", path.rstrip("/\\"))[-1])
 
 
 def run_folders(parent: Path) -> dict[tuple[int, int], Path]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlth.data.normalise import normalise, table
 from fastlth.data.sources import Images
-from fastlth.models import skeleton, weight_names
+from fastlth.models import loaded, weight_names
 from fastlth.recipe import Recipe
 from fastlth.training import host
 
@@ -28,14 +29,13 @@ def gradients(recipe: Recipe, images: Images, values: Mapping[str, Tensor]) -> d
     statistics of each batch. On the device of ``recipe.compute``.
     """
     device = torch.device(recipe.compute.device)
-    model = skeleton(recipe).to_empty(device="cpu")
-    model.load_state_dict(values)
+    model = loaded(recipe, values)
     model.to(device).eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train()
-    pixels, labels = torch.from_numpy(images.pixels), torch.from_numpy(images.labels)
-    lookup = table(recipe.data.name, recipe.data.normalise).to(device)
+    pixels, labels = torch.from_numpy(np.asarray(images.pixels)), torch.from_numpy(images.labels)
+    lookup = table(recipe.data.facts, recipe.data.normalise).to(device)
     parts = -(-len(labels) // BATCH)  # of nearly equal sizes, so that no batch is too small for batch norm
     with host.settings(recipe.compute.threads or torch.get_num_threads()):
         for x, y in zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True):
@@ -45,7 +45,6 @@ def gradients(recipe: Recipe, images: Images, values: Mapping[str, Tensor]) -> d
     found = {}
     parameters = dict(model.named_parameters())
     for name in weight_names(model):
-        gradient = parameters[name].grad
-        assert gradient is not None, f"{name} took no part in the loss"
-        found[name] = gradient.detach()
+        gradient = parameters[name].grad  # None: an own net may hold layers that it does not use
+        found[name] = torch.zeros_like(parameters[name]) if gradient is None else gradient.detach()
     return found

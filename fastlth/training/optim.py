@@ -45,8 +45,8 @@ class MaskedOptimizer:
         tensors, True where a weight is pruned; what the gradient says there, NaN included, is ignored."""
         for name, mask in pruned.items():
             gradient = self.parameters[name].grad
-            assert gradient is not None, f"{name} took no part in the loss"
-            gradient.masked_fill_(mask, 0.0)
+            if gradient is not None:  # an own net may hold layers that it does not use
+                gradient.masked_fill_(mask, 0.0)
         self._optimizer.step()
         for name, fill in self.fill.items():
             torch.where(pruned[name], fill, self.parameters[name], out=self.parameters[name])

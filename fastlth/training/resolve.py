@@ -6,6 +6,8 @@ The choice is written into the run's recipe.toml and kept for every round and re
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import platform
 import statistics
 import time
@@ -20,7 +22,7 @@ import torch
 from torch import nn
 
 import fastlth
-from fastlth.catalogue import DATASETS
+from fastlth import specs
 from fastlth.data import ffcv
 from fastlth.errors import DeviceError, RecipeError
 from fastlth.models import skeleton
@@ -42,6 +44,8 @@ MEASURE_SECONDS = 1.0
 CALL_SECONDS = 0.01
 # OpenMP's threads go on spinning for about 6 ms after their work, on the cores of whoever is timed next.
 REST_SECONDS = 0.01
+RESIDENT_SHARE = 0.5
+"""of the device's memory that the training images may take with --loader auto"""
 BREAK_EVEN = 0.5
 """of the sparse engine, until it is measured"""
 # Compiling takes half a minute to a minute: it is tried where it can be a few percent of the search at most.
@@ -93,7 +97,7 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
     """
     asked, rates = recipe.compute, dict[str, float]()
     fixed = dataclasses.replace(
-        asked, device=device(asked.device), engine="dense", loader=loader(asked.loader), break_even=0.0,
+        asked, device=device(asked.device), engine="dense", loader=loader(asked.loader, recipe), break_even=0.0,
         kernels=kernels(asked.kernels, device(asked.device)),
         threads=asked.threads or torch.get_num_threads(), precision=asked.precision.replace("auto", "fp32"),
         shifted=() if asked.shifted == ("auto",) else asked.shifted,
@@ -177,7 +181,12 @@ def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates
         eager = rates.get(_label(chosen)) or _measure(recipe, [chosen], make_engine)[chosen]
         if _images_ahead(recipe) / eager > COMPILE_WORTH_SECONDS:
             compiled = dataclasses.replace(chosen, compile="on", shifted=fixed.shifted)
-            measured = _measure(recipe, [chosen, compiled], make_engine)
+            try:
+                measured = _measure(recipe, [chosen, compiled], make_engine)
+            except torch._dynamo.exc.TorchDynamoException:
+                if not recipe.model.own:
+                    raise
+                return chosen  # not every net of others is one graph
             rates |= {_label(c): rate for c, rate in measured.items()}
             if measured[compiled] > COMPILE_GAIN * measured[chosen]:
                 chosen = compiled
@@ -186,11 +195,11 @@ def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates
 
 def _shifted(recipe: Recipe, compute: ComputeSection) -> tuple[str, ...]:
     """The gradients of convolutions that shifted products make faster; two seconds for VGG-19."""
-    if compute.device != "cpu":
+    if compute.device != "cpu" or recipe.model.own:
         return ()
     with host.settings(compute.threads):
         return shifted.faster(
-            skeleton(recipe), DATASETS[recipe.data.name].shape, recipe.train.batch_size, compute.precision,
+            skeleton(recipe), recipe.data.facts.shape, recipe.train.batch_size, compute.precision,
             channels_last=compute.channels_last == "on",
         )  # fmt: skip
 
@@ -247,11 +256,32 @@ def _images_ahead(recipe: Recipe) -> float:
     return float(recipe.train.iterations * recipe.train.batch_size * (recipe.prune.rounds + 1))
 
 
-def loader(asked: str) -> str:
-    """The loader that ``auto`` means here, or ``asked`` itself. Raises RecipeError if it is not installed."""
+def loader(asked: str, recipe: Recipe) -> str:
+    """The loader that ``auto`` means here, or ``asked`` itself. Raises RecipeError if it is not installed, or if
+    ``auto`` has to stream a set that is too large for the device and cannot."""
     if asked == "ffcv" and (reason := ffcv.available()):
         raise RecipeError(reason)
-    return "resident" if asked == "auto" else asked
+    if asked != "auto":
+        return asked
+    facts, memory = recipe.data.facts, _memory(device(recipe.compute.device))
+    needs = recipe.data.train_images * math.prod(facts.shape)
+    if needs <= RESIDENT_SHARE * memory:
+        return "resident"
+    if reason := ffcv.available():
+        raise RecipeError(f"the training images take {needs / 2**30:.1f} GiB, too much for the "
+                          f"{memory / 2**30:.1f} GiB of the device, and cannot be streamed: {reason}, or a smaller "
+                          "--image-size")  # fmt: skip
+    return "ffcv"
+
+
+def _memory(device: str) -> int:
+    """Bytes of memory, in all; 8 GiB where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 8 * 2**30
 
 
 def kernels(asked: str, device: str) -> str:
@@ -267,4 +297,6 @@ def kernels(asked: str, device: str) -> str:
 
 
 def _channels_last(recipe: Recipe) -> str:
+    if recipe.model.own and specs.library(recipe.model.name) is None:
+        return "off"  # it may call x.view(len(x), -1)
     return "on" if any(isinstance(m, nn.Conv2d) for m in skeleton(recipe).modules()) else "off"

@@ -14,6 +14,7 @@ from fastlth.data.augment import AUGMENT
 from fastlth.data.loader import Batch
 from fastlth.data.normalise import normalise
 from fastlth.models.dropout import Dropout
+from fastlth.models.own import seed_of
 from fastlth.training.optim import MaskedOptimizer
 
 
@@ -22,13 +23,16 @@ class Step:
 
     ``pruned`` maps prunable weights to bool tensors, True where pruned; the tensors may change in place
     between steps. The forward pass sees ordinary weights: they are kept masked where they change, in the update.
+    With ``reseed`` torch's generator starts anew at every step, from this key and the batch's place, so that what a
+    net of others draws from it (dropout, say) is what a resumed training draws.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: MaskedOptimizer, pruned: Mapping[str, Tensor], table: Tensor,
         *, augment: str = "none", augment_key: Key = (0, 0), precision: str = "fp32", compiled: bool = False,
+        reseed: Key | None = None,
     ) -> None:  # fmt: skip
-        self.optimizer, self.pruned = optimizer, pruned
+        self.optimizer, self.pruned, self._reseed = optimizer, pruned, reseed
         augmentation, device_type = AUGMENT[augment], table.device.type
         self._dropouts = [m for m in model.modules() if isinstance(m, Dropout)]
         for dropout in self._dropouts:
@@ -54,6 +58,8 @@ class Step:
         position = torch.full((), batch.position, dtype=torch.int64, device=device)
         for dropout in self._dropouts:
             dropout.place.copy_(torch.stack((epoch, position)))
+        if self._reseed is not None:
+            torch.manual_seed(seed_of(batch.epoch, batch.position, self._reseed))
         loss, hits = self._loss_and_hits(batch.images, batch.labels, epoch, position)
         # backward() and not autograd.grad(): it lays gradients out like their weights, which a compiled graph does
         # not, and the fused optimizers walk through memory without looking at strides.

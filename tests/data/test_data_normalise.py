@@ -42,9 +42,9 @@ def test_the_ends_of_the_range_are_exact() -> None:
     assert table("mnist", "half")[0, [0, 255]].tolist() == [-1.0, 1.0]
 
 
-@pytest.mark.parametrize(("name", "mode"), [("mnist", "other"), ("svhn", "unit")])
+@pytest.mark.parametrize(("name", "mode"), [("mnist", "other"), ("stl-10", "unit")])
 def test_unknown_names_are_refused(name: str, mode: str) -> None:
-    with pytest.raises(RecipeError, match=r"unknown (data\.normalise 'other'|dataset 'svhn')"):
+    with pytest.raises(RecipeError, match=r"unknown (data\.normalise 'other'|dataset 'stl-10')"):
         table(name, mode)
 
 

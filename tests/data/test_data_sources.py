@@ -14,7 +14,7 @@ import torchvision.datasets
 from sklearn.datasets import load_digits
 
 from fastlth.catalogue import DATASETS
-from fastlth.data.sources import FILES, File, Files, data_root, load, state
+from fastlth.data.sources import FILES, PARTS, File, Files, data_root, load, state
 from fastlth.errors import DataError, RecipeError
 
 Tables = dict[str, Files]
@@ -50,7 +50,7 @@ def test_the_file_table_is_torchvisions() -> None:
     assert FILES["cifar-10"].folder == cifar.base_folder
     resources = [Path(url).stem for url, _ in torchvision.datasets.MNIST.resources]
     assert [f.name for f in FILES["mnist"].files] == resources
-    assert set(FILES) == set(DATASETS)
+    assert set(FILES) | set(PARTS) == set(DATASETS)
 
 
 def test_mnist_is_read_from_its_files(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def five_classes(monkeypatch):
     for images in (digits.train, digits.test):
         images.labels.setflags(write=True)
         np.remainder(images.labels, 5, out=images.labels)
-    monkeypatch.setattr(room, "load", lambda *_: Source("five", digits.train, digits.test))
+    monkeypatch.setattr(room, "load_for", lambda *_: Source("five", digits.train, digits.test))
 
 
 def test_other_classes_get_a_new_output_layer_that_is_stated(ticket, five_classes):
@@ -192,8 +192,8 @@ def test_ticket_and_random_ticket_lie_apart_and_each_round_has_its_place(ticket)
 
 
 def test_what_does_not_fit_is_refused(ticket, folders, tmp_path):
-    with pytest.raises(RecipeError, match="unknown dataset 'svhn'"):
-        transfer(ticket, "svhn")
+    with pytest.raises(RecipeError, match="unknown dataset 'stl-10'"):
+        transfer(ticket, "stl-10")
     with pytest.raises(RecipeError, match=r"unknown train\.optimizer 'rmsprop'"):
         transfer(ticket, "digits", settings={"train.optimizer": "rmsprop"})
     with pytest.raises(TicketError, match="no round 9"):

@@ -234,7 +234,7 @@ def test_auto_is_measured_on_a_cpu_without_compilation(monkeypatch):
 
 def test_a_resume_keeps_the_choice(tmp_path, monkeypatch):
     source = random_source("digits")
-    monkeypatch.setattr(running, "load", lambda *_: source)
+    monkeypatch.setattr(running, "load_for", lambda *_: source)
     monkeypatch.setattr(shifted, "faster", lambda *_, **__: BOTH)
     recipe = small_recipe("conv-2", "digits", compute__shifted=["auto"], prune__rounds=1, train__iterations=20)
     seen = []

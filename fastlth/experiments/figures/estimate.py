@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastlth.data.sources import Source, data_root, load
+from fastlth.data.sources import Source, load_for
 from fastlth.errors import DeviceError
 from fastlth.experiments.figures.work import Training, run_of
 from fastlth.experiments.supermasks.net import supermask_engine
@@ -82,7 +82,7 @@ def _alike(training: Training) -> tuple[Any, ...]:
 
 
 def _pace(training: Training, out: Path, data_dir: Path | None) -> Pace:
-    recipe, source = training.recipe, load(training.recipe.data.name, data_root(data_dir))
+    recipe, source = training.recipe, load_for(training.recipe.data, data_dir)
 
     def make(candidate: Recipe) -> Engine:
         if training.plan is not None:

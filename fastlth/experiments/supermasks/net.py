@@ -14,7 +14,7 @@ from torch.func import functional_call
 from fastlth.data.sources import Source
 from fastlth.experiments.supermasks import edge_popup, learned
 from fastlth.experiments.supermasks.plan import Plan
-from fastlth.models import build, skeleton, weight_names
+from fastlth.models import build, state, weight_names
 from fastlth.pruning.actions import MASK_1, Layer
 from fastlth.recipe import Recipe
 from fastlth.training.engines.dense import DenseEngine
@@ -85,10 +85,10 @@ def signed_constant(weight: Tensor) -> Tensor:
 def supermask_net(recipe: Recipe, plan: Plan) -> SupermaskNet:
     """The recipe's net at theta0 (or its signed constants) with untrained scores, on the CPU."""
     made = build(recipe)
-    values, weights = dict(made.state_dict()), weight_names(made)
+    values, weights = state(made), weight_names(made)
     if plan.signed_constant:
         values |= {n: signed_constant(values[n]) for n in weights}
-    return SupermaskNet(skeleton(recipe), values, weights, plan, recipe.seeds.key("prune"))
+    return SupermaskNet(made, values, weights, plan, recipe.seeds.key("prune"))
 
 
 def supermask_engine(recipe: Recipe, source: Source, plan: Plan) -> tuple[DenseEngine, SupermaskNet]:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from fastlth.data.sources import Source, data_root, load
+from fastlth.data.sources import Source, load_for
 from fastlth.experiments.settled import settled
 from fastlth.experiments.supermasks import one_shot
 from fastlth.experiments.supermasks.net import SupermaskNet, supermask_engine, supermask_net
 from fastlth.experiments.supermasks.plan import Plan, check
 from fastlth.experiments.trial import Show, Start, Stop, Trial
-from fastlth.models import build, weight_names
+from fastlth.models import build, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, strict_json
@@ -39,7 +39,7 @@ def supermask(
     The same call goes on where it stopped. Raises RecipeError, Stopped, DivergedError, RunLockedError.
     """
     check(recipe)
-    source = load(recipe.data.name, data_root(Path(data_dir) if data_dir else None))
+    source = load_for(recipe.data, data_dir)
     folder = place(out, recipe)
 
     if plan.method == "one-shot":
@@ -65,7 +65,7 @@ def _one_shot(
     recipe: Recipe, digest: str, plan: Plan, source: Source, folder: Path, stopped: Stop, show: Show
 ) -> dict[str, Any]:
     net = build(recipe)
-    theta = {n: t.detach() for n, t in net.state_dict().items()}
+    theta = state(net)
     numbers = {n: i for i, n in enumerate(weight_names(net))}
     engine = make_engine(recipe, source)
     trial = Trial(folder / "dense", digest, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +10,7 @@ from fastlth import masks as mask_tools
 from fastlth.data.loader import Loader
 from fastlth.data.normalise import table
 from fastlth.data.sources import Images
-from fastlth.models import build, weight_names
+from fastlth.models import build, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.training import host
@@ -52,14 +53,16 @@ class DenseEngine:
         self._optimizer = MaskedOptimizer(parameters, recipe.train)
         if recipe.prune.fills:
             self._optimizer.fill = {n: parameters[n].detach().clone() for n in self.prunable}
-        self._table = table(recipe.data.name, recipe.data.normalise).to(self._device)
+        self._table = table(recipe.data.facts, recipe.data.normalise).to(self._device)
         self._step = Step(
             self.model, self._optimizer, self._pruned, self._table,
             augment=recipe.data.augment, augment_key=recipe.seeds.key("augment"),
             precision=compute.precision, compiled=compute.compile == "on",
+            reseed=recipe.seeds.key("dropout") if recipe.model.own else None,
         )  # fmt: skip
         self._splits = {
-            name: (torch.from_numpy(s.pixels).to(self._device), torch.from_numpy(s.labels).to(self._device))
+            name: (s.pixels if s.name else torch.from_numpy(np.asarray(s.pixels)).to(self._device),
+                   torch.from_numpy(s.labels).to(self._device))
             for name, s in splits.items()
         }
         # One row per step since the last evaluation: mean loss, hits, images. Summed in one go when they are
@@ -121,13 +124,14 @@ class DenseEngine:
             self._optimizer.parameters[name].masked_fill_(pruned, 0.0)
 
     def evaluate(self, split: str, images: int | None = None) -> Scores:
-        pixels, labels = (tensor[:images] for tensor in self._splits[split])
+        pixels, labels = self._splits[split]
+        labels = labels[:images]
         with host.settings(self._recipe.compute.threads):
             return evaluate(self.model, pixels, labels, self._table,
                             precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: t.detach() for name, t in self.model.state_dict(keep_vars=True).items()}
+        return state(self.model)
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -13,7 +13,7 @@ from fastlth.data.ffcv import FfcvLoader
 from fastlth.data.loader import Loader
 from fastlth.data.order import Order, split
 from fastlth.data.resident import ResidentLoader
-from fastlth.data.sources import Images, Source
+from fastlth.data.sources import Images, Rows, Source
 from fastlth.recipe import Recipe
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.dense import DenseEngine
@@ -58,4 +58,6 @@ def beton_folder() -> Path:
 
 
 def _subset(images: Images, indices: NDArray[np.int64]) -> Images:
-    return Images(images.pixels[indices], images.labels[indices])
+    every = images.pixels
+    pixels = Rows(every, indices) if images.name and isinstance(every, np.ndarray) else every[indices]
+    return Images(pixels, images.labels[indices], images.name)

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastlth import specs
 from fastlth.data.normalise import table
 from fastlth.data.order import Order
 from fastlth.data.sources import Images
-from fastlth.models import build, skeleton, weight_names
+from fastlth.models import build, skeleton, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.training.engines.base import Chunk, Tensors
@@ -37,11 +38,14 @@ def unsupported(recipe: Recipe) -> str | None:
     kinds = [type(m) for m in net.children()]
     linear = kinds.count(nn.Linear)
     expected = [nn.Flatten, *[nn.Linear, nn.ReLU] * (linear - 1), nn.Linear]
-    if not isinstance(net, nn.Sequential) or kinds != expected or any(m.bias is None for m in _linear(net)):
+    chain = type(net) is nn.Sequential and len(weight_names(net)) == linear  # no weight twice
+    if not chain or kinds != expected or any(m.bias is None for m in _linear(net)):
         return f"{recipe.model.name} is not a stack of fully connected layers with ReLU between them"
+    if specs.folder(recipe.data.name) is not None:
+        return "images of a folder are not kept in memory"
     if recipe.data.augment != "none":
         return f"data.augment is {recipe.data.augment}"
-    channels = table(recipe.data.name, recipe.data.normalise).shape[0]
+    channels = table(recipe.data.facts, recipe.data.normalise).shape[0]
     if _linear(net)[0].in_features // channels % PIXELS:
         return f"images of {_linear(net)[0].in_features} pixels do not divide by {PIXELS}"
     if recipe.prune.fills:
@@ -74,7 +78,7 @@ class SparseEngine:
         model = build(recipe)
         self.weight_names = weight_names(model)
         self.prunable = list(layer_rates(self.weight_names, recipe.prune))
-        start = {name: t.detach().clone() for name, t in model.state_dict().items()}
+        start = {name: t.detach().clone() for name, t in state(model).items()}
         self._biases = {w: f"{w.removesuffix('.weight')}.bias" for w in self.weight_names}
         threads = recipe.compute.threads
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="fastlth") if threads > 1 else None
@@ -209,13 +213,14 @@ class SparseEngine:
 
 def _flat(images: Images) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """All pixels in one row, channel by channel as nn.Flatten has them, and the labels."""
-    pixels = images.pixels if images.pixels.shape[3] == 1 else images.pixels.transpose(0, 3, 1, 2)
+    channels_last = np.asarray(images.pixels)
+    pixels = channels_last if channels_last.shape[3] == 1 else channels_last.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(pixels).reshape(-1), np.ascontiguousarray(images.labels, np.int64)
 
 
 def _affine(recipe: Recipe, features: int) -> tuple[Array, Array]:
     """Scale and shift of each group of pixels: every normalisation is affine, up to the table's own rounding."""
-    values = table(recipe.data.name, recipe.data.normalise).double().numpy()
+    values = table(recipe.data.facts, recipe.data.normalise).double().numpy()
     scale, shift = (values[:, 255] - values[:, 0]) / 255, values[:, 0]
     groups = features // PIXELS // len(values)
     return np.repeat(scale, groups), np.repeat(shift, groups)

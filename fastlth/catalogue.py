@@ -5,6 +5,7 @@ Sizes are needed before any file is read: epochs become iterations before a reci
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fastlth.errors import RecipeError, unknown
@@ -44,7 +45,15 @@ DATASETS: dict[str, DatasetFacts] = {
 
 DATASET_ALIASES = {"cifar10": "cifar-10"}
 
-MODELS = ("lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg19")
+MODELS = (
+    "lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg11", "vgg13", "vgg16", "vgg19",
+    "resnet-8", "resnet-20", "resnet-32", "resnet-56", "resnet-18",
+)  # fmt: skip
+MODEL_ALIASES = {
+    **{f"vgg-{n}": f"vgg{n}" for n in (11, 13, 16, 19)}, **{f"resnet{n}": f"resnet-{n}" for n in (8, 20, 32, 56, 18)},
+}  # fmt: skip
+LENETS = "lenet-A-B with hidden layers of A and B units (1 to 9999)"
+"""the family of nets that are known by a name of their own making"""
 
 # Zhou et al. 2019, by the names of their program; docs/criteria.md has the formulas.
 CRITERIA = (
@@ -77,7 +86,14 @@ def dataset_name(name: str) -> str:
 
 
 def model_name(name: str) -> str:
-    """The name itself if there is such a model. Raises RecipeError otherwise."""
-    if name not in MODELS:
-        raise RecipeError(unknown("model", name, MODELS))
-    return name
+    """Canonical name of a model. Raises RecipeError for an unknown one."""
+    canonical = MODEL_ALIASES.get(name, name)
+    if canonical not in MODELS and lenet_widths(canonical) is None:
+        raise RecipeError(f"{unknown('model', name, MODELS)}, or {LENETS}")
+    return canonical
+
+
+def lenet_widths(name: str) -> tuple[int, int] | None:
+    """(300, 100) of lenet-300-100: units of the two hidden layers; None if ``name`` is no such LeNet's."""
+    match = re.fullmatch(r"lenet-([1-9][0-9]{0,3})-([1-9][0-9]{0,3})", name)
+    return None if match is None else (int(match[1]), int(match[2]))

@@ -45,15 +45,27 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class ModelSection:
     name: str
     batch_norm: bool = False
-    """batch norm after every convolution of lenet-5 and conv-n (vgg19 always has it)"""
+    """batch norm after every convolution of lenet-5 and conv-n (VGGs and ResNets always have it)"""
     bias_init: str = "zero"
     """zero (the papers) or uniform in +-1/sqrt(fan_in) (lecode)"""
+    weight_init: str = "glorot"
+    """standard deviation of the normal initial weights: glorot (Frankle & Carbin) or kaiming (open_lth)"""
+    weight_std: float | None = None
+    """that standard deviation itself, the same in all layers, in place of ``weight_init``"""
+    norm_init: str = "one"
+    """scales of batch norm: one, or uniform in [0, 1) (open_lth)"""
     dropout: float = 0.0
-    """share of the outputs of hidden linear layers (vgg19: of the pooled features) that training sets to zero"""
+    """share of the outputs of hidden linear layers (VGG, ResNet: of the pooled features) that training sets to zero"""
 
     def __post_init__(self) -> None:
-        model_name(self.name)
+        object.__setattr__(self, "name", model_name(self.name))
         _choice("model.bias_init", self.bias_init, ("zero", "uniform"))
+        _choice("model.weight_init", self.weight_init, ("glorot", "kaiming"))
+        _check("model.weight_std", self.weight_std is None or 0 < self.weight_std < inf,
+               "be greater than 0", self.weight_std)  # fmt: skip
+        _check("model.weight_std", self.weight_std is None or self.weight_init == "glorot",
+               f"be left out with model.weight_init {self.weight_init}; give one of them", self.weight_std)  # fmt: skip
+        _choice("model.norm_init", self.norm_init, ("one", "uniform"))
         _check("model.dropout", 0 <= self.dropout < 1, "be in [0, 1), the share that is dropped", self.dropout)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, Out, given, length
+from fastlth.cli.options import MODEL_NAMES, DataDir, Json, Out, given, length
 from fastlth.composition import compose, parse_setting
 from fastlth.errors import RecipeError
 from fastlth.experiments.control import KINDS, METHODS, Control
@@ -38,6 +38,7 @@ def branch(
     method: Annotated[str | None, Opt(help="prune-at-init: " + ", ".join(METHODS))] = None,
     scope: Scope = None,
     images: Images = None,
+    sigma: Annotated[float | None, Opt(help="noise: its size, in initial standard deviations of the layer")] = None,
     set_: Set = None,
     device: Device = None,
     data_dir: DataDir = None,
@@ -48,13 +49,13 @@ def branch(
     The same command goes on where it stopped, or prints the results if they are there.
     """
     control = Control(kind=kind, density=density, strategy=strategy, reinit=reinit, iterations=iterations,
-                      method=method, scope=scope, images=images)  # fmt: skip
+                      method=method, scope=scope, images=images, sigma=sigma)  # fmt: skip
     settings = dict(parse_setting(text) for text in set_ or []) | given({"compute.device": device})
     _run(run, control, which(round, rounds), trials, settings, data_dir, json)
 
 
 def prune_at_init(
-    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
+    model: Annotated[str, typer.Argument(help=MODEL_NAMES)],
     dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
     method: Annotated[str, Opt(help=", ".join(METHODS))],
     density: Annotated[float, Opt(help="Share of all weights of Linear and Conv layers that is left.")],

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastlth.catalogue import CRITERIA, MASK_0, MASK_1, SIGN_TESTS
-from fastlth.cli.options import DataDir, Json, Log, Out, given, length, seconds
+from fastlth.cli.options import MODEL_NAMES, DataDir, Json, Log, Out, given, length, seconds
 from fastlth.composition import PRESETS, Composed, compose, parse_setting
 from fastlth.errors import RecipeError
 
@@ -26,7 +26,7 @@ def _one_of(what: str, names: tuple[str, ...]) -> str:
 
 
 def find_ticket(
-    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
+    model: Annotated[str, typer.Argument(help=MODEL_NAMES)],
     dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
     data_path: Annotated[Path | None, typer.Argument(metavar="[DATA_DIR]", help="the same as --data-dir")] = None,
     rounds: Annotated[int | None, Opt(help="Prunings; round 0 is the dense net (default: 20, or the preset's)")] = None,

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fastlth.catalogue import MODELS
 from fastlth.errors import RecipeError
 
+MODEL_NAMES = f"{', '.join(MODELS)} or lenet-A-B"
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data lies or goes (default: $FASTLTH_DATA, else a cache)")
 ]

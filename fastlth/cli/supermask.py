@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, Out, given, length
+from fastlth.cli.options import MODEL_NAMES, DataDir, Json, Out, given, length
 from fastlth.composition import compose, parse_setting
 
 EXAMPLE = "Example: fastlth supermask lenet-300-100 mnist --method learned --rescale --signed-constant"
@@ -16,7 +16,7 @@ Opt = typer.Option
 
 
 def supermask(
-    model: Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")],
+    model: Annotated[str, typer.Argument(help=MODEL_NAMES)],
     dataset: Annotated[str, typer.Argument(help="mnist, cifar-10 or digits (comes with scikit-learn)")],
     method: Annotated[str, Opt(help="one-shot, learned or edge-popup")] = "one-shot",
     criterion: Annotated[str, Opt(help="one-shot: how weights are ranked.")] = "large_final_same_sign",

@@ -29,8 +29,7 @@ from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import branch_name
 from fastlth.masks import Masks
-from fastlth.models import skeleton, weight_names
-from fastlth.models.init import initialise_
+from fastlth.models import drawn, skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.pruning.draws import permutation
 from fastlth.recipe import Recipe
@@ -139,9 +138,7 @@ def shuffled(masks: Masks, key: Key) -> Masks:
 
 def _fresh(recipe: Recipe) -> dict[str, Tensor]:
     """Values from the initial distribution, by the stream ``branch``: another draw than theta0 of the same seed."""
-    net = skeleton(recipe).to_empty(device="cpu")
-    initialise_(net, recipe.seeds.key("branch"), recipe.model.bias_init)
-    return {n: t.detach() for n, t in net.state_dict().items()}
+    return {n: t.detach() for n, t in drawn(recipe, recipe.seeds.key("branch")).state_dict().items()}
 
 
 def _layer(name: str) -> str:

@@ -5,6 +5,7 @@ Sizes are needed before any file is read: epochs become iterations before a reci
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -71,7 +72,15 @@ DATASET_ALIASES = {
     "fashionmnist": "fashion-mnist", "fmnist": "fashion-mnist",
 }  # fmt: skip
 
-MODELS = ("lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg19")
+MODELS = (
+    "lenet-300-100", "lenet-5", "conv-2", "conv-4", "conv-6", "vgg11", "vgg13", "vgg16", "vgg19",
+    "resnet-8", "resnet-20", "resnet-32", "resnet-56", "resnet-18",
+)  # fmt: skip
+MODEL_ALIASES = {
+    **{f"vgg-{n}": f"vgg{n}" for n in (11, 13, 16, 19)}, **{f"resnet{n}": f"resnet-{n}" for n in (8, 20, 32, 56, 18)},
+}  # fmt: skip
+LENETS = "lenet-A-B with hidden layers of A and B units (1 to 9999)"
+"""the family of nets that are known by a name of their own making"""
 
 # Zhou et al. 2019, by the names of their program; docs/criteria.md has the formulas.
 CRITERIA = (
@@ -105,12 +114,21 @@ def dataset_name(name: str) -> str:
 
 def model_name(name: str) -> str:
     """Canonical name of a model, ours or one that ``specs`` can follow. Raises RecipeError for an unknown one."""
-    return name if name in MODELS else _own("model", name, MODELS)
+    canonical = MODEL_ALIASES.get(name, name)
+    if canonical in MODELS or lenet_widths(canonical) is not None:
+        return canonical
+    return _own("model", name, MODELS, f", or {LENETS}")
 
 
-def _own(kind: str, name: str, ours: Iterable[str]) -> str:
+def lenet_widths(name: str) -> tuple[int, int] | None:
+    """(300, 100) of lenet-300-100: units of the two hidden layers; None if ``name`` is no such LeNet's."""
+    match = re.fullmatch(r"lenet-([1-9][0-9]{0,3})-([1-9][0-9]{0,3})", name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _own(kind: str, name: str, ours: Iterable[str], others: str = "") -> str:
     group = specs.MODELS_GROUP if kind == "model" else specs.DATASETS_GROUP
     found = specs.canonical(name, group)
     if found is None:
-        raise RecipeError(unknown(kind, name, [*ours, *specs.registered(group)]))
+        raise RecipeError(unknown(kind, name, [*ours, *specs.registered(group)]) + others)
     return found

@@ -1,7 +1,7 @@
 """From what a person asks for to a Recipe: preset < config file < ``--set`` < flag.
 
 Durations may be written ``500it`` or ``2ep``; epochs become iterations here, before the recipe gets
-its digest. A changed ``train.iterations`` scales a preset's warm-up and milestones in proportion.
+its digest. A changed ``train.iterations`` scales a preset's warm-up, milestones and rewind point in proportion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastlth.catalogue import DATASET_ALIASES, DATASETS, dataset_name, model_name
+from fastlth.catalogue import DATASET_ALIASES, DATASETS, MODEL_ALIASES, dataset_name, lenet_widths, model_name
 from fastlth.errors import RecipeError, unknown
 from fastlth.recipe import FACTS, SECTIONS, DataSection, Recipe, TrainSection
 from fastlth.specs import is_own, spec_of
@@ -54,7 +54,12 @@ def preset_table(preset: str) -> dict[str, Layer]:
 
 def presets_for(model: str, dataset: str) -> list[str]:
     """Names of the presets that cover a pair, the default one first."""
-    return [p for p in ("paper", "fast", "lecode", "paper-dropout") if f"{model} {dataset}" in preset_table(p)]
+    return [p for p in ("paper", "fast", "lecode", "paper-dropout") if _row(model, dataset) in preset_table(p)]
+
+
+def _row(model: str, dataset: str) -> str:
+    """The pair whose settings hold: LeNets of other widths are trained as LeNet-300-100 is (Frankle & Carbin, G.6)."""
+    return f"{model if lenet_widths(model) is None else 'lenet-300-100'} {dataset}"
 
 
 def compose(
@@ -80,7 +85,7 @@ def compose(
     _same_pair(asked, net, data)
     preset = _default_preset(net, data, preset)
     base = _preset_layer(net, data, preset)
-    verified = bool(base.pop("verified", False))
+    verified = bool(base.pop("verified", False)) and _row(net, data) == f"{net} {data}"
     missing = [flag for key, flag in _NEEDED.items() if key not in {**base.get("train", {}), **asked.get("train", {})}]
     if missing:
         raise RecipeError(f"no preset covers {net} on {data}; give {', '.join(missing)}")
@@ -102,7 +107,8 @@ def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
             base[section] = {k: v for k, v in base[section].items() if k not in old}
         asked = _overlay(asked, measured(model, data, _overlay(base, asked)))
     merged = _in_iterations(_overlay(base, asked))
-    _scale_schedule(merged, base, asked)
+    # a ticket's rewind values are those of its iteration, however long it is trained now
+    _scale_schedule(merged, {s: values for s, values in base.items() if s != "prune"}, asked)
     return Recipe.from_dict(merged)
 
 
@@ -159,14 +165,14 @@ def _default_preset(model: str, dataset: str, preset: str | None) -> str | None:
     covering = presets_for(model, dataset)
     if preset is None:
         return next((p for p in covering if p in ("paper", "fast")), None)
-    if f"{model} {dataset}" not in preset_table(preset):
+    if _row(model, dataset) not in preset_table(preset):
         others = f"use --preset {' or '.join(covering)}" if covering else "give the settings without --preset"
         raise RecipeError(f"preset '{preset}' does not cover {model} on {dataset}; {others}")
     return preset
 
 
 def _preset_layer(model: str, dataset: str, preset: str | None) -> dict[str, Any]:
-    return deepcopy(preset_table(preset)[f"{model} {dataset}"]) if preset else {}
+    return deepcopy(preset_table(preset)[_row(model, dataset)]) if preset else {}
 
 
 def _read_config(path: Path | None) -> Layer:
@@ -221,9 +227,9 @@ def _overlay(below: Mapping[str, Mapping[str, Any]], above: Mapping[str, Mapping
 
 
 def _same_pair(asked: Layer, model: str, dataset: str) -> None:
-    for section, name in (("model", model), ("data", dataset)):
+    for section, name, aliases in (("model", model, MODEL_ALIASES), ("data", dataset, DATASET_ALIASES)):
         given = asked.get(section, {}).get("name", name)
-        if not isinstance(given, str) or DATASET_ALIASES.get(given, given) != name:
+        if not isinstance(given, str) or aliases.get(given, given) != name:
             raise RecipeError(f"{section}.name is {given!r} in the settings but '{name}' is asked for; make them agree")
 
 
@@ -256,19 +262,19 @@ def _iterations(name: str, text: str, per_epoch: int) -> int:
 
 
 def _scale_schedule(merged: Layer, before: Layer, asked: Layer) -> Iterable[str]:
-    """Scale the preset's warm-up and milestones to the iterations asked for; a note for each."""
+    """Scale the preset's warm-up, milestones and rewind point to the iterations asked for; a note for each."""
     old = before.get("train", {}).get("iterations")
     new = merged["train"]["iterations"]
-    schedule = merged.setdefault("schedule", {})
-    if not isinstance(old, int) or not isinstance(new, int) or old == new or schedule.get("scale") is False:
+    unscaled = merged.setdefault("schedule", {}).get("scale") is False
+    if not isinstance(old, int) or not isinstance(new, int) or old == new or unscaled:
         return []
     notes = []
-    for key in ("warmup", "milestones"):
-        preset = before.get("schedule", {}).get(key)
-        if preset and key not in asked.get("schedule", {}):
+    for section, key in (("schedule", "warmup"), ("schedule", "milestones"), ("prune", "rewind_to")):
+        preset = before.get(section, {}).get(key)
+        if preset and key not in asked.get(section, {}):
             scaled = round(Fraction(preset * new, old)) if isinstance(preset, int) else _spread(preset, new, old)
-            schedule[key] = scaled
-            notes.append(f"schedule.{key} {preset} -> {scaled}, scaled with train.iterations {old} -> {new}")
+            merged[section][key] = scaled
+            notes.append(f"{section}.{key} {preset} -> {scaled}, scaled with train.iterations {old} -> {new}")
     return notes
 
 

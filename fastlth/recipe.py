@@ -47,11 +47,17 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class ModelSection:
     name: str
     batch_norm: bool = False
-    """batch norm after every convolution of lenet-5 and conv-n (vgg19 always has it)"""
+    """batch norm after every convolution of lenet-5 and conv-n (VGGs and ResNets always have it)"""
     bias_init: str = "zero"
     """zero (the papers) or uniform in +-1/sqrt(fan_in) (lecode)"""
+    weight_init: str = "glorot"
+    """standard deviation of the normal initial weights: glorot (Frankle & Carbin) or kaiming (open_lth)"""
+    weight_std: float | None = None
+    """that standard deviation itself, the same in all layers, in place of ``weight_init``"""
+    norm_init: str = "one"
+    """scales of batch norm: one, or uniform in [0, 1) (open_lth)"""
     dropout: float = 0.0
-    """share of the outputs of hidden linear layers (vgg19: of the pooled features) that training sets to zero"""
+    """share of the outputs of hidden linear layers (VGG, ResNet: of the pooled features) that training sets to zero"""
     init: str | None = None
     """of an own net: own, the values that its constructor draws (the default), or glorot, as fastlth's nets"""
     content: str | None = None
@@ -60,6 +66,12 @@ class ModelSection:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", model_name(self.name))
         _choice("model.bias_init", self.bias_init, ("zero", "uniform"))
+        _choice("model.weight_init", self.weight_init, ("glorot", "kaiming"))
+        _check("model.weight_std", self.weight_std is None or 0 < self.weight_std < inf,
+               "be greater than 0", self.weight_std)  # fmt: skip
+        _check("model.weight_std", self.weight_std is None or self.weight_init == "glorot",
+               f"be left out with model.weight_init {self.weight_init}; give one of them", self.weight_std)  # fmt: skip
+        _choice("model.norm_init", self.norm_init, ("one", "uniform"))
         _check("model.dropout", 0 <= self.dropout < 1, "be in [0, 1), the share that is dropped", self.dropout)
         if not self.own:
             _check("model.init", self.init in (None, "glorot"), f"be glorot for {self.name}", self.init)
@@ -71,8 +83,10 @@ class ModelSection:
         for setting in ("batch_norm", "dropout"):
             _check(f"model.{setting}", not getattr(self, setting), "be left out for an own net, which has what its "
                    "function puts into it", getattr(self, setting))  # fmt: skip
-        _check("model.bias_init", self.bias_init == "zero" or self.init == "glorot",
-               "be left out for an own net without model.init=glorot", self.bias_init)  # fmt: skip
+        plain = {"bias_init": "zero", "weight_init": "glorot", "weight_std": None, "norm_init": "one"}
+        for setting, default in plain.items():
+            _check(f"model.{setting}", getattr(self, setting) == default or self.init == "glorot",
+                   "be left out for an own net without model.init=glorot", getattr(self, setting))  # fmt: skip
 
     @property
     def own(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastlth import toml
-from fastlth.catalogue import DATASETS, MODELS
+from fastlth.catalogue import DATASETS, LENETS, MODELS
 from fastlth.composition import PRESETS, Composed, adjust, compose, parse_setting, preset_table, presets_for
 from fastlth.errors import RecipeError
 from fastlth.recipe import Recipe, exact
@@ -47,6 +47,14 @@ PAPER = {
     "conv-4 cifar-10": (25_000, 60, "adam", 3e-4, 0.2, CONV, "layer"),
     "conv-6 cifar-10": (30_000, 60, "adam", 3e-4, 0.2, {"conv*": 0.75, "output": 0.5}, "layer"),
     "vgg19 cifar-10": (112_480, 64, "sgd", 0.1, 0.2, {"output": 0.0}, "global"),
+    "resnet-20 cifar-10": (30_000, 128, "sgd", 0.03, 0.2, {"*shortcut": 0.0, "output": 0.0}, "global"),
+    "vgg16 cifar-10": (63_000, 128, "sgd", 0.1, 0.2, {"output": 0.0}, "global"),
+}
+# Of those with batch norm, momentum 0.9 and weight decay 1e-4: warm-up, milestones, rewind point.
+DEEP = {
+    "vgg19 cifar-10": (10_000, (80 * 703, 120 * 703), 0),
+    "resnet-20 cifar-10": (20_000, (20_000, 25_000), 0),
+    "vgg16 cifar-10": (0, (32_000, 48_000), 1_000),
 }
 # 55,000 MNIST images make 917 batches of 60, 45,000 CIFAR-10 images 750 of 60 or 704 of 64.
 LECODE = {
@@ -60,18 +68,48 @@ LECODE = {
 
 
 @pytest.mark.parametrize("pair", PAPER)
-def test_paper_presets_are_figure_2(pair):
+def test_paper_presets_are_the_papers(pair):
+    """Figure 2 of Frankle & Carbin 2019; VGG-16 of Frankle et al. 2020."""
     recipe = compose(*pair.split()).recipe  # the default where a paper covers the pair
     assert of(recipe, *SETTINGS) == PAPER[pair]
     assert of(recipe, "train.drop_last", "data.validation", "evaluate.every") == (True, 5_000, 100)
-    assert of(recipe, "prune.rewind_to", "prune.criterion") == (0, "large_final")
+    assert of(recipe, "prune.criterion", "schedule.gamma") == ("large_final", 0.1)
     assert of(recipe, "model.batch_norm", "model.bias_init", "data.normalise") == (False, "zero", "mean-std")
-    vgg = pair.startswith("vgg19")
-    assert recipe.data.augment == ("flip-crop" if vgg else "none")
-    assert of(recipe, "train.momentum", "train.weight_decay") == ((0.9, 1e-4) if vgg else (0.0, 0.0))
-    assert of(recipe, "schedule.warmup", "schedule.milestones", "schedule.gamma") == (
-        (10_000, (80 * 703, 120 * 703), 0.1) if vgg else (0, (), 0.1)
+    open_lths = pair == "vgg16 cifar-10"
+    assert of(recipe, "model.weight_init", "model.norm_init") == (
+        ("kaiming", "uniform") if open_lths else ("glorot", "one")
     )
+    deep = pair in DEEP
+    assert recipe.data.augment == ("flip-crop" if deep else "none")
+    assert of(recipe, "train.momentum", "train.weight_decay") == ((0.9, 1e-4) if deep else (0.0, 0.0))
+    schedule = of(recipe, "schedule.warmup", "schedule.milestones", "prune.rewind_to")
+    assert schedule == DEEP.get(pair, (0, (), 0))
+
+
+def test_lenets_of_other_widths_are_trained_as_lenet_300_100_is():
+    own = compose("lenet-300-100", "mnist").recipe
+    other = compose("lenet-25-9", "mnist")
+    assert other.preset == "paper"
+    assert adjust(other.recipe, {"model.name": "lenet-300-100"}) == own
+    assert compose("lenet-300-100", "digits").verified and not compose("lenet-900-300", "digits").verified
+    assert presets_for("lenet-5", "digits") == []
+
+
+def test_a_presets_rewind_point_is_scaled_and_a_tickets_is_not():
+    composed = compose("vgg16", "cifar-10", settings={"train.iterations": 630})
+    assert of(composed.recipe, "prune.rewind_to", "schedule.milestones") == (10, (320, 480))
+    assert "prune.rewind_to 1000 -> 10, scaled with train.iterations 63000 -> 630" in composed.notes
+    asked = compose("vgg16", "cifar-10", settings={"train.iterations": 630, "prune.rewind_to": 5}).recipe
+    assert asked.prune.rewind_to == 5
+    assert adjust(composed.recipe, {"train.iterations": 63}).prune.rewind_to == 10
+
+
+@pytest.mark.parametrize(("alias", "name"), [("vgg-16", "vgg16"), ("vgg-19", "vgg19"), ("resnet20", "resnet-20")])
+def test_other_spellings_are_the_same_recipe(alias, name, tmp_path):
+    named = compose(name, "cifar-10")
+    assert compose(alias, "cifar-10").recipe == named.recipe
+    assert compose(alias, "cifar-10", config=written(named, tmp_path)).recipe == named.recipe
+    assert compose(name, "cifar-10", settings={"model.name": alias}).recipe == named.recipe
 
 
 def test_vgg19_trains_for_160_epochs_of_703_whole_batches():
@@ -99,7 +137,9 @@ def test_presets_cover_these_pairs_and_no_others():
     assert preset_table("paper-dropout").keys() == {"conv-2 cifar-10", "conv-4 cifar-10", "conv-6 cifar-10"}
     assert preset_table("fast").keys() == {
         "lenet-300-100 digits", "lenet-300-100 mnist", "lenet-5 mnist", "lenet-5 cifar-10", "conv-2 digits",
-        "conv-2 mnist", "conv-2 cifar-10", "conv-4 cifar-10", "conv-6 cifar-10", "vgg19 cifar-10",
+        "conv-2 mnist", "conv-2 cifar-10", "conv-4 cifar-10", "conv-6 cifar-10", "vgg19 cifar-10", "vgg11 cifar-10",
+        "vgg13 cifar-10", "vgg16 cifar-10", "resnet-8 cifar-10", "resnet-20 cifar-10", "resnet-32 cifar-10",
+        "resnet-56 cifar-10", "resnet-18 cifar-10",
     }  # fmt: skip
 
 
@@ -134,10 +174,19 @@ def test_fast_is_shorter_than_paper(pair):
         assert of(fast, *SETTINGS[1:]) == of(paper, *SETTINGS[1:])
 
 
-def test_fasts_vgg19_keeps_the_proportions_of_the_papers_schedule():
-    fast = compose("vgg19", "cifar-10", preset="fast").recipe
-    scaled = compose("vgg19", "cifar-10", settings={"train.iterations": fast.train.iterations}).recipe
-    assert fast.schedule == scaled.schedule
+@pytest.mark.parametrize("model", ["vgg19", "vgg16", "resnet-20"])
+def test_fast_keeps_the_proportions_of_the_papers_schedule(model):
+    fast = compose(model, "cifar-10", preset="fast").recipe
+    scaled = compose(model, "cifar-10", settings={"train.iterations": fast.train.iterations}).recipe
+    assert (fast.schedule, fast.prune.rewind_to) == (scaled.schedule, scaled.prune.rewind_to)
+
+
+@pytest.mark.parametrize(("of_one", "others"), [
+    ("vgg16", ("vgg11", "vgg13")), ("resnet-20", ("resnet-8", "resnet-32", "resnet-56", "resnet-18")),
+])  # fmt: skip
+def test_fast_has_one_row_for_a_family(of_one, others):
+    table = preset_table("fast")
+    assert all(table[f"{model} cifar-10"] == table[f"{of_one} cifar-10"] for model in others)
 
 
 def test_nothing_is_called_verified_without_a_result_and_nothing_changed_is():
@@ -333,10 +382,10 @@ def test_epochs_and_iterations_make_the_same_name():
     ("arguments", "said"),
     [
         (("lenet300-100", "mnist"), "unknown model 'lenet300-100' (did you mean 'lenet-300-100'?); "
-                                    f"choose one of: {', '.join(MODELS)}"),
+                                    f"choose one of: {', '.join(MODELS)}, or {LENETS}"),
         (("vgg19", "cifar_10"), "unknown dataset 'cifar_10' (did you mean 'cifar-10'?); "
                                 f"choose one of: {', '.join(DATASETS)}"),
-        (("resnet", "mnist"), f"unknown model 'resnet'; choose one of: {', '.join(MODELS)}"),
+        (("squeezenet", "mnist"), f"unknown model 'squeezenet'; choose one of: {', '.join(MODELS)}, or {LENETS}"),
     ],
 )  # fmt: skip
 def test_unknown_models_and_data_sets_get_a_suggestion(arguments, said):
@@ -544,9 +593,10 @@ def row(pair: str, preset: str) -> list[str]:
     steps += [f"{m:,}" for m in schedule.milestones]
     per_epoch = train.iterations_per_epoch(recipe.data.train_images)
     epochs = f" ({train.iterations // per_epoch} epochs)" if train.iterations % per_epoch == 0 else ""
-    layers = ("-" if model.startswith("lenet-300") else "conv1", "-" if model == "vgg19" else "fc1", "output")
+    deep = model.startswith(("vgg", "resnet"))
+    layers = ("-" if model.startswith("lenet-300") else "conv1", "-" if deep else "fc1", "output")
     augment = "" if recipe.data.augment == "none" else f", {recipe.data.augment}"
-    norm = "yes" if recipe.model.batch_norm or model == "vgg19" else "no"
+    norm = "yes" if recipe.model.batch_norm or deep else "no"
     return [
         f"{model}, {dataset}", f"{train.iterations:,}{epochs}", str(train.batch_size), optimizer,
         "; ".join(steps) or "-", " / ".join("-" if n == "-" else rate(recipe, n) for n in layers),

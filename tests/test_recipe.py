@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlth import toml
-from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, MODELS
+from fastlth.catalogue import CRITERIA, DATASETS, LENETS, MASK_0, MASK_1, MODELS
 from fastlth.composition import compose, preset_table
 from fastlth.errors import RecipeError
 from fastlth.recipe import FACTS, LAST_ROUND, SECTIONS, STREAMS, Recipe, SeedsSection, TrainSection, exact
@@ -53,7 +53,8 @@ def refused(**changes: Any) -> str:
 NAN, INF = float("nan"), float("inf")
 
 RULES = [
-    ("model__name", "conv-3", "unknown model 'conv-3' (did you mean 'conv-6'?); choose one of: " + ", ".join(MODELS)),
+    ("model__name", "conv-3", "unknown model 'conv-3' (did you mean 'conv-6'?); choose one of: " + ", ".join(MODELS)
+     + f", or {LENETS}"),
     ("model__bias_init", "ones", "unknown model.bias_init 'ones'; choose one of: zero, uniform"),
     ("model__dropout", 1.0, "model.dropout must be in [0, 1), the share that is dropped, got 1.0"),
     ("model__dropout", -0.5, "model.dropout must be in [0, 1), the share that is dropped, got -0.5"),
@@ -304,11 +305,14 @@ PAPER_DIGESTS = {
     "conv-4 cifar-10": "db72ee89b521b6b5854008a453d1b7d5ad689f796a006fdced8bc142f2c8ff21",
     "conv-6 cifar-10": "57f03f370356803221f1140bf85fbbf3acb9def7345d529b594004de11f7b4d1",
     "vgg19 cifar-10": "2997fc996099d3f00f5ec5c9132f27ac0d725d02a9b7f3e6fe962f6fb2fda21b",
+    "resnet-20 cifar-10": "d27e59fd73c613602bb61660dd4a397ed7b8f01b5d9786d154c11a08e13dd469",
+    "vgg16 cifar-10": "155333fba3790d1f54872de6fa7a89d693c42fc552876df3e3e9ab77701bf8de",
 }
 
 # Another allowed value for every setting. A new setting belongs in here, and in WITHOUT if it is no part of the name.
 OTHER: dict[str, Any] = {
     "model.name": "conv-4", "model.batch_norm": True, "model.bias_init": "uniform", "model.dropout": 0.5,
+    "model.weight_init": "kaiming", "model.weight_std": 0.1, "model.norm_init": "uniform",
     "data.name": "mnist", "data.validation": 4_999, "data.normalise": "unit", "data.augment": "flip-crop",
     "train.iterations": 1_001, "train.batch_size": 61, "train.lr": 0.02, "train.momentum": 0.8,
     "train.nesterov": True, "train.weight_decay": 1e-4, "train.betas": [0.9, 0.99], "train.eps": 1e-7,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlth.cli.options import Json
+from fastlth.cli.options import MODEL_NAMES, Json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure speed and size on this machine, in paired ratios; keep them from falling.")
 
 Opt = typer.Option
-Model = Annotated[str, typer.Argument(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")]
+Model = Annotated[str, typer.Argument(help=MODEL_NAMES)]
 Dataset = Annotated[str, typer.Argument(help="Whose image shape: mnist, cifar-10 or digits")]
 Seconds = Annotated[float, Opt(min=0.1, help="Time for each comparison.")]
 
@@ -101,7 +101,7 @@ def loader(
 
 @app.command("kernels", epilog="Example: fastlth bench kernels --model vgg19 --gpu h200")
 def kernels(
-    model: Annotated[str, Opt(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")] = "vgg19",
+    model: Annotated[str, Opt(help=MODEL_NAMES)] = "vgg19",
     dataset: Annotated[str, Opt(help="Whose image shape: mnist, cifar-10 or digits")] = "cifar-10",
     gpu: Annotated[str, Opt(help="Whose roofline, by its data sheet: h200, h100 or a100.")] = "h200",
     batch: Annotated[int | None, Opt(min=1, help="Images per step; as the recipe has it if not given.")] = None,
@@ -155,7 +155,7 @@ def compare(
 
 @app.command("ticket", epilog="Example: fastlth bench ticket")
 def ticket(
-    model: Annotated[str, Opt(help="lenet-300-100, lenet-5, conv-2, conv-4, conv-6 or vgg19")] = "vgg19",
+    model: Annotated[str, Opt(help=MODEL_NAMES)] = "vgg19",
     dataset: Annotated[str, Opt(help="Whose image shape the net gets: mnist, cifar-10 or digits")] = "cifar-10",
     rounds: Annotated[int, Opt(min=1, help="Prunings, each of a fifth of all weights left.")] = 20,
     json: Json = False,

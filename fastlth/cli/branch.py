@@ -38,6 +38,7 @@ def branch(
     method: Annotated[str | None, Opt(help="prune-at-init: " + ", ".join(METHODS))] = None,
     scope: Scope = None,
     images: Images = None,
+    sigma: Annotated[float | None, Opt(help="noise: its size, in initial standard deviations of the layer")] = None,
     set_: Set = None,
     device: Device = None,
     data_dir: DataDir = None,
@@ -48,7 +49,7 @@ def branch(
     The same command goes on where it stopped, or prints the results if they are there.
     """
     control = Control(kind=kind, density=density, strategy=strategy, reinit=reinit, iterations=iterations,
-                      method=method, scope=scope, images=images)  # fmt: skip
+                      method=method, scope=scope, images=images, sigma=sigma)  # fmt: skip
     settings = dict(parse_setting(text) for text in set_ or []) | given({"compute.device": device})
     _run(run, control, which(round, rounds), trials, settings, data_dir, json)
 

@@ -22,6 +22,7 @@ def connectivity(
     from_init: Annotated[str, Opt(help="same, or different: two initialisations, the negative control.")] = "same",
     seeds: Annotated[str, Opt(help="Seeds of the copies' data order and augmentation.")] = "1,2",
     points: Annotated[int, Opt(help="Points on the line, the ends included.")] = 30,
+    whole_schedule: Annotated[bool, Opt("--whole-schedule", help="Copies train all of the schedule after k.")] = False,
     batch_norm: Annotated[str, Opt(help="Running statistics on the line: interpolate or recompute.")] = "interpolate",
     train_images: Annotated[int | None, Opt(help="Training images to measure on (default: all).")] = None,
     data_dir: DataDir = None,
@@ -43,7 +44,8 @@ def connectivity(
     from fastlth.ui import StopGuard, TrialLines
 
     plan = Plan(rounds=which, at_iteration=at_iteration, different_init=from_init == "different",
-                seeds=(first, second), points=points, batch_norm=batch_norm, train_images=train_images)  # fmt: skip
+                seeds=(first, second), points=points, batch_norm=batch_norm, train_images=train_images,
+                whole=whole_schedule)  # fmt: skip
     screen = console()
     with StopGuard() as guard:
         document = compare(run, plan, data_dir=data_dir, stopped=guard, show=teller(screen, TrialLines(screen)))

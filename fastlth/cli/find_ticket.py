@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, MODELS, SIGN_TESTS
-from fastlth.cli.options import OWN_DATA, OWN_NET, DataDir, Json, Log, Out, given, length, seconds
+from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, SIGN_TESTS
+from fastlth.cli.options import MODEL_NAMES, OWN_DATA, OWN_NET, DataDir, Json, Log, Out, given, length, seconds
 from fastlth.composition import PRESETS, Composed, compose, parse_setting
 from fastlth.errors import RecipeError
 
@@ -26,7 +26,7 @@ def _one_of(what: str, names: tuple[str, ...]) -> str:
 
 
 def find_ticket(
-    model: Annotated[str, typer.Argument(help=f"{', '.join(MODELS)}, {OWN_NET}")],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}")],
     dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)} (digits comes with scikit-learn), {OWN_DATA}")],
     data_path: Annotated[Path | None, typer.Argument(metavar="[DATA_DIR]", help="the same as --data-dir")] = None,
     rounds: Annotated[int | None, Opt(help="Prunings; round 0 is the dense net (default: 20, or the preset's)")] = None,

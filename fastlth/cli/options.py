@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastlth.catalogue import MODELS
 from fastlth.errors import RecipeError
 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random (default: 0)")]
@@ -16,6 +17,7 @@ Iterations = Annotated[int | None, typer.Option("--iterations", "-i", help="Trai
 Epochs = Annotated[float | None, typer.Option("--epochs", "-e", help="The same in passes over the data.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per step.")]
 Lr = Annotated[float | None, typer.Option("--lr", "-l", help="Learning rate.")]
+MODEL_NAMES = f"{', '.join(MODELS)}, lenet-A-B"
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Where the data lies or goes (default: $FASTLTH_DATA, else a cache)")
 ]

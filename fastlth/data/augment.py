@@ -60,7 +60,8 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _unit(word: Tensor) -> Tensor:
-    return (word >> 8).float() / (1 << 24)
+    """A word as float32 in [0, 1): its 24 upper bits, which float32 holds exactly."""
+    return (word >> 8).to(torch.float32) / 2**24
 
 
 def resized_crop(images: Tensor, epoch: Where, position: Where, key: Key) -> Tensor:

@@ -22,7 +22,7 @@ from fastlth.errors import RecipeError, TicketError
 from fastlth.experiments.at_init import masks_at_init
 from fastlth.experiments.control import Control
 from fastlth.experiments.trial import Show, Start, Stop, Trial
-from fastlth.experiments.workbench import MASKS, VALUES, Workbench, branch_name, draw_key, plain
+from fastlth.experiments.workbench import MASKS, NOISE, VALUES, Workbench, branch_name, draw_key, plain
 from fastlth.masks import Masks
 from fastlth.pruning import budget, prune
 from fastlth.pruning.criteria import SIGN_TESTS
@@ -137,6 +137,11 @@ class _Work:
         match control.kind:
             case "random-reinit":
                 return self._reset(bench.finished().mask(round), round, trial, fresh=True)
+            case "noise":
+                begin = self._reset(bench.finished().mask(round), round, trial, fresh=False)
+                key = draw_key(self._recipe.seeds, NOISE, round, trial)
+                assert control.sigma is not None
+                return dataclasses.replace(begin, values=bench.noisy(begin.values, control.sigma, key))
             case "random-prune":
                 return self._reset(self._random(round, trial), round, trial, fresh=control.reinit)
             case "one-shot":

@@ -56,6 +56,8 @@ class Plan:
     """running statistics between the ends: interpolate them too, or recompute them on the training images"""
     train_images: int | None = None
     """how many training images the error is measured on; None: all"""
+    whole: bool = False
+    """the copies train for the whole schedule after step k, from its beginning, and not for what is left of it"""
 
     def __post_init__(self) -> None:
         if self.points < 3:
@@ -89,12 +91,12 @@ def connectivity(
     about = {
         "run": str(bench.path), "recipe_digest": ticket.recipe.digest, "iteration": k,
         "from_init": "different" if plan.different_init else "same", "seeds": list(plan.seeds),
-        "batch_norm": plan.batch_norm, "train_images": plan.train_images,
+        "batch_norm": plan.batch_norm, "train_images": plan.train_images, "whole_schedule": plan.whole,
     }  # fmt: skip
     results = []
     for round in rounds:
         result = copies.compare(round)
-        name = f"round-{round}-it{k}-seeds{plan.seeds[0]}-{plan.seeds[1]}{_suffix(plan)}.json"
+        name = f"round-{round}-it{k}-seeds{plan.seeds[0]}-{plan.seeds[1]}{_suffix(plan, k)}.json"
         atomic.write(copies.folder / name, strict_json.dumps({**about, "rounds": [result]}).encode() + b"\n")
         results.append(result)
     return {**about, "rounds": results}
@@ -136,9 +138,10 @@ def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[
     return models.state(model)
 
 
-def copy_name(k: int, seed: int) -> str:
-    """The folder in RUN/connectivity of a copy that parts at step k and has its own data order."""
-    return f"it{k}-order{seed}"
+def copy_name(k: int, seed: int, *, whole: bool = False) -> str:
+    """The folder in RUN/connectivity of a copy that parts at step k and has its own data order; with ``whole`` it
+    trains the whole schedule from there on."""
+    return f"it{k}{_whole(whole, k)}-order{seed}"
 
 
 def theta_name(k: int) -> str:
@@ -162,8 +165,8 @@ class _Copies:
         for copy, seed in enumerate(plan.seeds):
             theta, init = self._theta_of(copy)
             recipe = _with_seeds(self._recipe, order=seed, augment=seed, dropout=seed)
-            name = copy_name(self._k, seed) + init
-            result, state = self._trained(name, round, recipe, masks, theta, first=self._k)
+            name = copy_name(self._k, seed, whole=plan.whole) + init
+            result, state = self._trained(name, round, recipe, masks, theta, first=0 if plan.whole else self._k)
             states.append(state)
             scores.append({"seed": seed, "test_accuracy": result["test_accuracy"]})
             self._bench.show(f"round {round}, copy {copy + 1} of 2: test accuracy {result['test_accuracy']:.2%}")
@@ -253,5 +256,10 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
             raise TicketError(f"this run has no round {round}; choose from 0 to {len(ticket.rounds) - 1}")
 
 
-def _suffix(plan: Plan) -> str:
-    return ("-different-init" if plan.different_init else "") + ("-recompute" if plan.batch_norm == "recompute" else "")
+def _suffix(plan: Plan, k: int) -> str:
+    different = "-different-init" if plan.different_init else ""
+    return _whole(plan.whole, k) + different + ("-recompute" if plan.batch_norm == "recompute" else "")
+
+
+def _whole(whole: bool, k: int) -> str:
+    return "-whole" if whole and k else ""  # from step 0 on, the whole schedule is what is left of it

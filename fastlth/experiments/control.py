@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from math import inf
 from typing import Any
 
 from fastlth.errors import RecipeError, unknown
@@ -15,6 +16,7 @@ KINDS = {
     "one-shot": "the dense trained net pruned to the round's density in one step, then reset",
     "finetune": "prune and go on from the trained weights at the last learning rate",
     "lr-rewind": "prune and go on from the trained weights with the whole schedule again",
+    "noise": "the round's mask, Gaussian noise on its values: --sigma",
     "continued": "masks found without ever resetting, reset once at the end",
     "prune-at-init": "masks chosen before training: --method",
 }
@@ -31,8 +33,10 @@ _TAKES = {
     "method": ("prune-at-init",),
     "scope": ("prune-at-init",),
     "images": ("prune-at-init",),
+    "sigma": ("noise",),
 }
 
+DRAWN = ("random-reinit", "random-prune", "noise")
 PAPER_TRIALS = 3  # fresh draws per mask (Frankle & Carbin 2019, section 2)
 
 
@@ -55,6 +59,8 @@ class Control:
     """prune-at-init by scores: global (if not given) or layer"""
     images: int | None = None
     """snip and grasp: training images the scores are taken over; ten per class if not given"""
+    sigma: float | None = None
+    """noise: its standard deviation, in standard deviations of the layer's initial distribution"""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -68,6 +74,8 @@ class Control:
             raise RecipeError(f"--density must be in (0, 1), a share of all weights, got {self.density:g}")
         if self.iterations is not None and self.iterations < 1:
             raise RecipeError(f"--iterations must be at least 1, got {self.iterations}")
+        if self.kind == "noise" and (self.sigma is None or not 0 < self.sigma < inf):
+            raise RecipeError(f"noise needs --sigma, a number greater than 0 such as 0.5, got {self.sigma}")
         if self.kind == "prune-at-init":
             self._check_at_init()
 
@@ -86,7 +94,7 @@ class Control:
     @property
     def draws(self) -> bool:
         """Whether anything is drawn at random, so that several trials differ."""
-        return self.kind in ("random-reinit", "random-prune") or self.reinit or self.method in ("random", "even", "erk")
+        return self.kind in DRAWN or self.reinit or self.method in ("random", "even", "erk")
 
     @property
     def chains(self) -> bool:

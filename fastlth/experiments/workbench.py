@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastlth_kernels.philox import Key, philox
 from torch import Tensor
@@ -16,7 +18,8 @@ from fastlth.experiments.control import Control
 from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.masks import Masks
-from fastlth.models import build, draw, skeleton, state, weight_names
+from fastlth.models import build, draw, skeleton, state, weight_names, weight_stds
+from fastlth.models.init import normal
 from fastlth.pruning import layer_rates
 from fastlth.recipe import PruneSection, Recipe, SeedsSection
 from fastlth.store import weights
@@ -24,7 +27,7 @@ from fastlth.store.run import RECIPE, TICKET, read_recipe, run_folders
 from fastlth.tickets import LoadedTicket, load_ticket
 from fastlth.training.engines.make import make_engine
 
-VALUES, MASKS = 0, 1  # what a trial draws; never renumber
+VALUES, MASKS, NOISE = 0, 1, 2  # what a trial draws; never renumber
 
 
 class Workbench:
@@ -76,6 +79,15 @@ class Workbench:
     def fresh(self, key: Key) -> dict[str, Tensor]:
         """A new draw from the initial distribution, biases and batch norm included."""
         return state(draw(self.recipe, key))
+
+    def noisy(self, values: Mapping[str, Tensor], sigma: float, key: Key) -> dict[str, Tensor]:
+        """``values`` with Gaussian noise on every Linear and Conv weight, ``sigma`` times as wide as the distribution
+        that the layer's initial values are drawn from (Frankle & Carbin 2019, appendix F.7)."""
+        noisy = {n: t.clone() for n, t in values.items()}
+        for name, std in weight_stds(self.recipe).items():
+            noise = sigma * std * normal(self.numbers[name], noisy[name].numel(), key)
+            noisy[name] += torch.from_numpy(noise.astype(np.float32)).view(noisy[name].shape)
+        return noisy
 
     def dense(self) -> dict[str, Tensor]:
         """The weights that the search's round 0 ended with: kept ones, else the round is trained again and kept.

@@ -8,25 +8,41 @@ import torch
 from fastlth_kernels.philox import Key
 from torch import Tensor, nn
 
+from fastlth.catalogue import lenet_widths
 from fastlth.errors import TicketError
-from fastlth.models import own
-from fastlth.models.conv import CONV_2, CONV_4, CONV_6, VGG_19, conv_n, vgg
+from fastlth.models import conv, own, resnet
 from fastlth.models.dropout import add_dropout_
 from fastlth.models.init import INIT_VERSION as INIT_VERSION
 from fastlth.models.init import LAYERS as LAYERS
-from fastlth.models.init import initialise_
-from fastlth.models.lenet import Shape, lenet_5, lenet_300_100
+from fastlth.models.init import initialise_, weight_std
+from fastlth.models.lenet import Shape, lenet, lenet_5
 from fastlth.recipe import Recipe
 
-# name -> builder(image shape, classes, batch norm asked for); vgg19 has batch norm in any case
+# name -> builder(image shape, classes, batch norm asked for) of all but lenet-A-B; VGGs and ResNets have batch norm in
+# any case
 MODELS: dict[str, Callable[[Shape, int, bool], nn.Module]] = {
-    "lenet-300-100": lambda shape, classes, norm: lenet_300_100(shape, classes, batch_norm=norm),
     "lenet-5": lambda shape, classes, norm: lenet_5(shape, classes, batch_norm=norm),
-    "conv-2": lambda shape, classes, norm: conv_n(CONV_2, shape, classes, batch_norm=norm),
-    "conv-4": lambda shape, classes, norm: conv_n(CONV_4, shape, classes, batch_norm=norm),
-    "conv-6": lambda shape, classes, norm: conv_n(CONV_6, shape, classes, batch_norm=norm),
-    "vgg19": lambda shape, classes, _: vgg(VGG_19, shape, classes),
+    "conv-2": lambda shape, classes, norm: conv.conv_n(conv.CONV_2, shape, classes, batch_norm=norm),
+    "conv-4": lambda shape, classes, norm: conv.conv_n(conv.CONV_4, shape, classes, batch_norm=norm),
+    "conv-6": lambda shape, classes, norm: conv.conv_n(conv.CONV_6, shape, classes, batch_norm=norm),
+    "vgg11": lambda shape, classes, _: conv.vgg(conv.VGG_11, shape, classes),
+    "vgg13": lambda shape, classes, _: conv.vgg(conv.VGG_13, shape, classes),
+    "vgg16": lambda shape, classes, _: conv.vgg(conv.VGG_16, shape, classes),
+    "vgg19": lambda shape, classes, _: conv.vgg(conv.VGG_19, shape, classes),
+    "resnet-8": lambda shape, classes, _: resnet.resnet(resnet.RESNET_8, shape, classes),
+    "resnet-20": lambda shape, classes, _: resnet.resnet(resnet.RESNET_20, shape, classes),
+    "resnet-32": lambda shape, classes, _: resnet.resnet(resnet.RESNET_32, shape, classes),
+    "resnet-56": lambda shape, classes, _: resnet.resnet(resnet.RESNET_56, shape, classes),
+    "resnet-18": lambda shape, classes, _: resnet.resnet(resnet.RESNET_18, shape, classes),
 }
+
+
+def make(name: str, shape: Shape, classes: int, batch_norm: bool) -> nn.Module:
+    """The net of a name that ``catalogue.model_name`` gave. Raises RecipeError if it does not fit the images."""
+    widths = lenet_widths(name)
+    if widths is not None:
+        return lenet(widths, shape, classes, batch_norm=batch_norm)
+    return MODELS[name](shape, classes, batch_norm)
 
 
 def skeleton(recipe: Recipe) -> nn.Module:
@@ -36,7 +52,7 @@ def skeleton(recipe: Recipe) -> nn.Module:
         return own.outline(recipe)
     facts = recipe.data.facts
     with torch.device("meta"):
-        model = MODELS[recipe.model.name](facts.shape, facts.classes, recipe.model.batch_norm)
+        model = make(recipe.model.name, facts.shape, facts.classes, recipe.model.batch_norm)
         if recipe.model.dropout:
             add_dropout_(model, recipe.model.dropout, recipe.seeds.key("dropout"))
     return model
@@ -54,7 +70,8 @@ def draw(recipe: Recipe, key: Key) -> nn.Module:
     else:
         model = skeleton(recipe).to_empty(device="cpu")
     if not recipe.model.own or recipe.model.init == "glorot":
-        initialise_(model, key, recipe.model.bias_init)
+        how = recipe.model
+        initialise_(model, key, how.bias_init, weights=how.weight_init, std=how.weight_std, norm=how.norm_init)
     return model
 
 
@@ -80,6 +97,15 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(tensor, Tensor):
             named.setdefault(id(tensor), (name, tensor.detach()))
     return dict(named.values())
+
+
+def weight_stds(recipe: Recipe) -> dict[str, float]:
+    """Standard deviation of the initial distribution of each Linear and Conv weight, in model order."""
+    model, how = skeleton(recipe), recipe.model
+    return {
+        name: weight_std(model.get_parameter(name).shape, how.weight_init) if how.weight_std is None else how.weight_std
+        for name in weight_names(model)
+    }
 
 
 def weight_names(model: nn.Module) -> list[str]:

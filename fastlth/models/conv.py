@@ -1,4 +1,4 @@
-"""Conv-2, Conv-4, Conv-6 and VGG-19: stacks of 3x3 convolutions with pooling between the blocks."""
+"""Conv-2, -4 and -6, VGG-11, -13, -16 and -19: stacks of 3x3 convolutions with pooling between the blocks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from fastlth.models.lenet import Shape
 CONV_2 = ((64, 64),)
 CONV_4 = ((64, 64), (128, 128))
 CONV_6 = ((64, 64), (128, 128), (256, 256))
+# VGG (Simonyan & Zisserman 2014, table 1) for small images.
+VGG_11 = ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2)
+VGG_13 = ((64, 64), (128, 128), (256,) * 2, (512,) * 2, (512,) * 2)
+VGG_16 = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 VGG_19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
 
 Blocks = tuple[tuple[int, ...], ...]

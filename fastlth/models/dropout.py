@@ -59,8 +59,8 @@ class DroppedLinear(nn.Linear):
 
 
 def add_dropout_(model: nn.Module, rate: float, key: Key) -> None:
-    """Dropout on the outputs of hidden linear layers, as the inputs of the next; a net without any (VGG) has it on the
-    pooled features before its only one. In place; names of weights and their order stay as they are."""
+    """Dropout on the outputs of hidden linear layers, as the inputs of the next; a net without any (VGG, ResNet) has it
+    on the pooled features before its only one. In place; names of weights and their order stay as they are."""
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for number, (name, layer) in enumerate(linear[1:] or linear):
         dropout = Dropout(rate, number, key)

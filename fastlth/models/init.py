@@ -8,6 +8,7 @@ machine computes the same bits, unlike torch's own initialisers, which differ be
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -89,27 +90,38 @@ def _log(x: Array) -> Array:
     return e * _LN2 + 2.0 * s * series
 
 
-def initialise_(model: nn.Module, key: Key, bias: str = "zero") -> None:
-    """Fill every parameter and buffer in place: Glorot normal weights (Glorot & Bengio 2010, Gaussian form).
+def weight_std(shape: Sequence[int], scheme: str = "glorot") -> float:
+    """Standard deviation of a weight's initial values, [outputs, inputs, ...]: sqrt(2 / (fan_in + fan_out)) of
+    ``glorot`` (Glorot & Bengio 2010, Gaussian form), sqrt(2 / fan_in) of ``kaiming`` (He et al. 2015)."""
+    outputs, inputs = shape[:2]
+    field = math.prod(shape[2:])
+    return math.sqrt(2.0 / ((inputs if scheme == "kaiming" else inputs + outputs) * field))
 
-    Biases are zero, or with ``bias="uniform"`` uniform in +-1/sqrt(fan_in); batch norm starts at
-    scale 1, shift 0, mean 0, variance 1. The stream of a tensor is its place among the parameters; one that layers
-    share is drawn by the last of them.
+
+def initialise_(
+    model: nn.Module, key: Key, bias: str = "zero", *,
+    weights: str = "glorot", std: float | None = None, norm: str = "one",
+) -> None:  # fmt: skip
+    """Fill every parameter and buffer in place: normal weights with the ``std`` given, else that of ``weight_std``.
+
+    Biases are zero, or with ``bias="uniform"`` uniform in +-1/sqrt(fan_in); batch norm starts at scale 1, or with
+    ``norm="uniform"`` at scales uniform in [0, 1), and at shift 0, mean 0, variance 1. The stream of a tensor is its
+    place among the parameters; one that layers share is drawn by the last of them.
     """
     numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
     for module in model.modules():
         if isinstance(module, LAYERS) and id(module.weight) in numbers:
-            outputs, inputs = module.weight.shape[:2]
-            field = module.weight[0, 0].numel()
-            std = math.sqrt(2.0 / ((inputs + outputs) * field))
-            _fill(module.weight, std * normal(numbers[id(module.weight)], module.weight.numel(), key))
+            spread = weight_std(module.weight.shape, weights) if std is None else std
+            _fill(module.weight, spread * normal(numbers[id(module.weight)], module.weight.numel(), key))
             if module.bias is not None and bias == "uniform":
-                bound = 1.0 / math.sqrt(inputs * field)
-                _fill(module.bias, bound * uniform(numbers[id(module.bias)], outputs, key))
+                bound = 1.0 / math.sqrt(module.weight[0].numel())
+                _fill(module.bias, bound * uniform(numbers[id(module.bias)], len(module.bias), key))
             elif module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
+            if norm == "uniform":
+                _fill(module.weight, (uniform(numbers[id(module.weight)], len(module.weight), key) + 1.0) / 2.0)
 
 
 def _fill(parameter: torch.Tensor, values: Array) -> None:

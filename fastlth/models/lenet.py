@@ -1,4 +1,4 @@
-"""LeNet-300-100 and LeNet-5 (LeCun et al. 1998), as the lottery-ticket papers build them."""
+"""LeNet-300-100, also of other widths, and LeNet-5 (LeCun et al. 1998), as the lottery-ticket papers build them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from fastlth.errors import RecipeError
 Shape = tuple[int, int, int]
 
 
-def lenet_300_100(shape: Shape, classes: int, *, batch_norm: bool = False) -> nn.Module:
-    """784-300-100-10 on MNIST: input [B, *shape], logits [B, classes]. Has no convolution to normalise."""
+def lenet(widths: tuple[int, int], shape: Shape, classes: int, *, batch_norm: bool = False) -> nn.Module:
+    """784-300-100-10 on MNIST for widths (300, 100): input [B, *shape], logits [B, classes]. Has no convolution to
+    normalise."""
+    first, second = widths
     if batch_norm:
-        raise RecipeError("model.batch_norm must be false for lenet-300-100, which has no convolutions")
+        raise RecipeError(f"model.batch_norm must be false for lenet-{first}-{second}, which has no convolutions")
     channels, height, width = shape
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
-            fc1=nn.Linear(channels * height * width, 300),
+            fc1=nn.Linear(channels * height * width, first),
             relu1=nn.ReLU(),
-            fc2=nn.Linear(300, 100),
+            fc2=nn.Linear(first, second),
             relu2=nn.ReLU(),
-            output=nn.Linear(100, classes),
+            output=nn.Linear(second, classes),
         )
     )
 

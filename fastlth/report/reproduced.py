@@ -37,8 +37,9 @@ QUANTITIES = {
 SCALES = {
     "paper": "At the paper's scale.",
     "short": "At short scale: fewer iterations, rounds, replicates and draws than the paper's.",
-    "smoke": "At smoke scale: digits in place of the paper's data, Conv-2 in place of all nets with convolutions, 8 "
-             "iterations. This shows that everything works; the numbers mean nothing.",
+    "smoke": "At smoke scale: digits in place of the paper's data, ResNet-8 in place of ResNets, Conv-2 in place of "
+             "the other nets with convolutions, 8 iterations. This shows that everything works; the numbers mean "
+             "nothing.",
 }  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def _against(figure: Figure, picture: Against, lines: Sequence[Line]) -> Curves:
         series: list[Series] = []
         stars: tuple[Point, ...] = ()
         for line in (one for one in lines if one.panel == name):
-            points = _by_round(line, partial(_value, picture, line.job))
+            points = _by_round(line, partial(_value, picture, line.job), "kept" if picture.counted else "density")
             least = min([least, *(p.x for p in points)])
             j = labels.index(line.label)
             series.append(Series(line.label, points, Look(colour=j, marker=j, dash=j if line.follow else 0)))
@@ -108,17 +109,19 @@ def _against(figure: Figure, picture: Against, lines: Sequence[Line]) -> Curves:
         panels.append(Panel(name if len({line.panel for line in lines}) > 1 else "", tuple(series)))
     caption = "Stars: the paper's gain over its own dense net, applied to ours." if _starred(panels) else ""
     name = picture.quantity.replace("_", "-") + (f"-at-{picture.at}" if picture.at else "")
-    x = Axis("weights kept", "density", percent=True, log=True, inverted=True,
-             ticks=tuple(t for t in TICKS if t >= 0.9 * least))  # fmt: skip
+    x = Axis("weights kept", "kept", whole=True, log=True, inverted=True)
+    if not picture.counted:
+        x = Axis("weights kept", "density", percent=True, log=True, inverted=True,
+                 ticks=tuple(t for t in TICKS if t >= 0.9 * least))  # fmt: skip
     return Curves(name, (axis.label + when).capitalize(), caption, x, axis, tuple(panels))
 
 
-def _by_round(line: Line, value: Callable[[Measured], float | None]) -> tuple[Point, ...]:
+def _by_round(line: Line, value: Callable[[Measured], float | None], against: str) -> tuple[Point, ...]:
     rounds = sorted({m.result["round"] for m in line.found if "round" in m.result})
     made = []
     for k in rounds:
         same = [m for m in line.found if m.result["round"] == k]
-        made.append(summarise(fmean(m.result["density"] for m in same), [value(m) for m in same]))
+        made.append(summarise(fmean(m.result[against] for m in same), [value(m) for m in same]))
     return tuple(p for p in made if p is not None)
 
 

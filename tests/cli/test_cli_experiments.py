@@ -36,6 +36,7 @@ def test_connectivity(run, found):
         "seeds",
         "batch_norm",
         "train_images",
+        "whole_schedule",
         "rounds",
     }
     assert set(document["rounds"][0]) == {
@@ -44,6 +45,32 @@ def test_connectivity(run, found):
     assert "round 1, copy 2 of 2: test accuracy" in err and "instability" in err
     code, out, err = run("connectivity", found, "--rounds", "1", "--points", "3")
     assert code == 0 and out == "" and "from iteration" not in err  # nothing is trained again
+    options = ("--rounds", "1", "--points", "3", "--at-iteration", "20", "--whole-schedule", "--json")
+    code, out, err = run("connectivity", found, *options)
+    assert code == 0 and json.loads(out)["whole_schedule"] is True, err
+
+
+def test_noise(run, found):
+    code, out, err = run("branch", found, "noise", "--sigma", "0.5", "--round", "1", "--trials", "1", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert (document["kind"], document["sigma"], document["rounds"][0]["round"]) == ("noise", 0.5, 1)
+    code, out, err = run("branch", found, "noise")
+    assert (code, out) == (2, "") and "noise needs --sigma" in err
+
+
+def test_a_residual_net_of_another_spelling_and_a_narrow_lenet(run):
+    """From names alone to tickets; --dropout goes with both."""
+    options = ["--rounds", "1", "-i", "4", "-b", "16", "-l", "0.01", "--set", "evaluate.every=4",
+               "--set", "compute.threads=1", "--device", "cpu", "--compile", "off", "--engine", "dense"]  # fmt: skip
+    for name, folder in (("resnet8", "resnet-8"), ("lenet-7-3", "lenet-7-3")):
+        code, out, err = run("find-ticket", name, "digits", "--dropout", "0.2", *options, "--json")
+        assert code == 0, err
+        document = json.loads(out)
+        assert document["run"].startswith(f"runs/{folder}-digits-") and len(document["rounds"]) == 2
+    code, out, err = run("bench", "kernels", "--model", "resnet20", "--dataset", "cifar-10", "--json")
+    assert code == 0, err
+    assert {r["model"] for r in json.loads(out)["rows"]} == {"resnet-20"}
 
 
 def test_transfer(run, found):

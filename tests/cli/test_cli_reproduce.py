@@ -79,7 +79,6 @@ def test_list(reproduce):
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (("fc-99",), "unknown figure 'fc-99'"),
     ((), "reproduce needs a figure such as fc-4"),
-    (("fc-30",), "fc-30 needs initial values of a given standard deviation, which fastlth does not have yet"),
     (("fc-3", "--scale", "long"), "unknown scale 'long'; choose one of: paper, short, smoke"),
 ])  # fmt: skip
 def test_refusals(reproduce, arguments, sentence):

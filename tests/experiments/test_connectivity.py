@@ -140,6 +140,31 @@ def test_theta_k_is_the_one_a_search_would_rewind_to(run, starts, tmp_path):
     assert_same_bits(starts(path, Plan(rounds=(0,), points=3))["it15-order1/round-0/trial-0"][1].values, theta_15)
 
 
+def test_copies_may_train_the_whole_schedule_after_they_part(run, starts):
+    """From theta_k, but with step 0 of the schedule and of the data order: T steps and not T - k."""
+    seen = starts(run, Plan(rounds=(1,), points=3, at_iteration=15, whole=True))
+    rest = starts(run, Plan(rounds=(1,), points=3, at_iteration=15))
+    assert set(rest) & set(seen) == set()  # theta-15 is there already, and nothing else is shared
+    ticket = load_ticket(run / "search.ticket")
+    for seed in (1, 2):
+        recipe, start = seen[f"it15-whole-order{seed}/round-1/trial-0"]
+        assert start.first == 0 and recipe.train.iterations == ticket.recipe.train.iterations
+        assert_same_bits(start.values, rest[f"it15-order{seed}/round-1/trial-0"][1].values)
+        assert_same_bits(start.masks, ticket.mask(1))
+        folder = run / "connectivity" / f"it15-whole-order{seed}" / "round-1" / "trial-0"
+        steps = [json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+                 if '"iteration"' in line]  # fmt: skip
+        assert steps[:4] == [10, 20, 30, 40]
+    whole = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-whole.json").read_text())
+    other = json.loads((run / "connectivity" / "round-1-it15-seeds1-2.json").read_text())
+    assert (whole["whole_schedule"], other["whole_schedule"]) == (True, False)
+
+
+def test_at_step_0_the_whole_schedule_is_what_is_left_of_it(run, starts):
+    connectivity(run, Plan(rounds=(0,), points=3))
+    assert starts(run, Plan(rounds=(0,), points=3, whole=True)) == {}
+
+
 def test_a_second_call_trains_nothing_and_a_stopped_one_goes_on(run, found, tmp_path, monkeypatch):
     plan = Plan(rounds=(1,), points=3)
     whole = connectivity(shutil.copytree(found, tmp_path / "whole" / "r0"), plan)

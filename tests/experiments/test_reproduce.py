@@ -15,6 +15,7 @@ from statistics import fmean
 
 import pytest
 
+from fastlth.catalogue import lenet_widths
 from fastlth.errors import RecipeError, Stopped
 from fastlth.experiments.control import Control
 from fastlth.experiments.figures import estimate, work
@@ -59,8 +60,15 @@ def test_trainings_of_continued_training():
 
 
 def test_trainings_of_pairs_of_copies():
-    """lmc-3: 3 dense nets; 7 points with 6 copies, and theta_k for those 6 points that are not the start."""
-    assert len(where("lmc-3")) == 3 * (1 + 6 + 7 * 6)
+    """lmc-3, three nets: 3 dense; 7 points with 6 copies, and theta_k for those 6 points that are not the start."""
+    assert len(where("lmc-3")) == 3 * 3 * (1 + 6 + 7 * 6)
+
+
+def test_trainings_of_pairs_that_train_the_whole_schedule():
+    """lmc-4, LeNet alone: lmc-3's, and for those 6 points that are not the start 6 copies more."""
+    lenet = {name: {w for w in where(name) if w.startswith("lenet")} for name in ("lmc-3", "lmc-4")}
+    assert len(lenet["lmc-3"]) == 3 * (1 + 6 + 7 * 6) and len(lenet["lmc-4"] - lenet["lmc-3"]) == 3 * 6 * 6
+    assert lenet["lmc-3"] < lenet["lmc-4"]
 
 
 def test_figures_share_their_runs():
@@ -82,6 +90,49 @@ def test_the_papers_settings():
     dropout = {job.arm.model: job.recipe for job in jobs(find("fc-6"), "paper") if job.arm.label == "dropout"}
     assert {m: (r.train.iterations, r.model.dropout) for m, r in dropout.items()} == {
         "conv-2": (60_000, 0.5), "conv-4": (75_000, 0.5), "conv-6": (90_000, 0.5)}  # fmt: skip
+
+
+def test_the_papers_resnets():
+    """Frankle & Carbin I.3 at three learning rates; Renda et al.; Frankle et al. 2020, who prune every weight."""
+    found = {j.arm.panel: j.recipe for j in jobs(find("fc-8"), "paper")}
+    assert {p: (r.train.lr, r.schedule.warmup) for p, r in found.items()} == {
+        "learning rate 0.1": (0.1, 0),
+        "learning rate 0.01": (0.01, 0),
+        "learning rate 0.03, warm-up": (0.03, 20_000),
+    }
+    assert {(r.train.iterations, r.train.batch_size, r.schedule.milestones, r.prune.scope) for r in found.values()} == {
+        (30_000, 128, (20_000, 25_000), "global")
+    }
+    assert all(r.prune.scale == {"*shortcut": 0.0, "output": 0.0} for r in found.values())
+    assert {j.recipe.prune.scope for j in jobs(find("fc-39"), "paper")} == {"global", "layer"}
+    assert [j.recipe.schedule.warmup for j in jobs(find("fc-44"), "paper")] == [0, 500, 1_000, 5_000, 10_000, 20_000]
+    renda = {j.recipe.prune.rewind_to: j.recipe for j in jobs(find("renda"), "paper") if j.arm.model == "resnet-20"}
+    assert set(renda) == {0, 12 * 391}  # epochs of all 50,000 images
+    for r in renda.values():
+        assert (r.train.iterations, r.train.lr, r.train.weight_decay, r.schedule.warmup) == (71_108, 0.1, 2e-4, 0)
+        assert (r.schedule.milestones, r.prune.scale, r.model.weight_init) == ((35_581, 53_176), {}, "glorot")
+    lmc = {j.arm.model: j.recipe for j in jobs(find("lmc-3"), "paper")}
+    for model, scale in (("resnet-20", {}), ("vgg16", {"output": 0.0})):
+        r = lmc[model]
+        assert (r.train.iterations, r.train.batch_size, r.train.lr, r.schedule.warmup) == (63_000, 128, 0.1, 0)
+        assert (r.schedule.milestones, r.train.weight_decay, r.prune.rewind_to) == ((32_000, 48_000), 1e-4, 0)
+        assert (r.prune.scale, r.model.weight_init, r.model.norm_init) == (scale, "kaiming", "uniform")
+
+
+def test_the_papers_lenets():
+    """Appendix F.7, G.5 and G.6: sizes of noise, spreads of initial values, ten widths whose ratio is 3 to 1."""
+    (noise,) = jobs(find("fc-25"), "paper")
+    assert [f.control.sigma for f in noise.follow if f.control.kind == "noise"] == [0.5, 1.0, 2.0, 3.0]
+    stds = [j.recipe.model.weight_std for j in jobs(find("fc-30"), "paper")]
+    assert stds == [0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, None]
+    wide = jobs(find("fc-31"), "paper")
+    assert len(wide) == 10 and {j.replicates for j in wide} == {3}
+    for job in wide:
+        a, b = lenet_widths(job.arm.model)
+        left = 784 * a * 0.8**job.arm.rounds + a * b * 0.8**job.arm.rounds + 10 * b * 0.9**job.arm.rounds
+        assert abs(a / b - 3) < 0.3 and 1_100 < left < 1_750
+        assert (job.recipe.train.iterations, job.recipe.train.lr, job.recipe.prune.scale) == (
+            50_000, 1.2e-3, {"output": 0.5})  # fmt: skip
 
 
 def test_the_short_scale():
@@ -110,12 +161,13 @@ def test_unknown_names():
         jobs(find("fc-3"), "tiny")
 
 
-@pytest.mark.parametrize("name", [name for name in FIGURES if name not in READY])
-def test_refusals_say_what_is_missing(name):
+def test_refusals_say_what_is_missing():
+    arm = Arm(label="tickets", model="a-net-of-tomorrow", dataset="mnist")
+    figure = Figure(name="x", what="", source="", arms=(arm,), pictures=())
     for scale in ("paper", "short", "smoke"):
         with pytest.raises(RecipeError) as refused:
-            jobs(find(name), scale)
-        assert str(refused.value).startswith(f"{name} needs {find(name).needs[0]}, which fastlth does not have yet")
+            jobs(figure, scale)
+        assert str(refused.value).startswith("x needs the model a-net-of-tomorrow, which fastlth does not have yet")
 
 
 def test_a_figure_without_one_of_its_nets():
@@ -178,6 +230,15 @@ def _nothing_is_trained(event: object) -> None:
     assert not isinstance(event, RoundFinished | work.running.Started), event
 
 
+def test_ten_widths_are_drawn_against_weights(out):
+    figure = find("fc-31")
+    curves = reproduced.draw(figure, figure.pictures[0], lines_of(figure, out))
+    assert curves.x.column == "kept"
+    first = {s.label: s.points[0].x for p in curves.panels for s in p.series}
+    assert first["25, 9"] == 64 * 25 + 25 * 9 + 9 * 10  # of digits, which have 64 pixels
+    assert len(first) == 10 and first["900, 300"] == 64 * 900 + 900 * 300 + 3_000
+
+
 def test_numbers_are_those_of_the_runs(out):
     lines = lines_of(find("fc-4"), out)
     curves = reproduced.draw(find("fc-4"), Against("early_stop_test_accuracy"), lines)
@@ -187,16 +248,6 @@ def test_numbers_are_those_of_the_runs(out):
     assert drawn["tickets"] == [r["early_stop_test_accuracy"] for r in records if r["event"] == "round"]
     reinit = sorted((work.run_of(out, job.recipe) / "branches").glob("random-reinit-*/*/*/result.json"))
     assert drawn["random reinit"] == [json.loads(f.read_text())["early_stop_test_accuracy"] for f in reinit]
-
-
-def test_what_waits_for_a_net_runs_when_it_is_there(out):
-    """The declarations of ResNet-20, with VGG-19 in its place."""
-    for name in ("fc-8", "renda"):
-        figure = find(name)
-        arms = [dataclasses.replace(arm, model="vgg19") for arm in figure.arms if arm.missing][:2]
-        one = dataclasses.replace(figure, arms=tuple(arms))
-        lines = lines_of(one, out)
-        assert reproduced.beside(one, lines) and not reproduced.draw(one, one.pictures[-1], lines).empty
 
 
 # Beside the paper

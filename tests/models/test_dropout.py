@@ -77,7 +77,7 @@ WHERE = {
     "conv-2": ["fc2", "output"],
     "conv-4": ["fc2", "output"],
     "conv-6": ["fc2", "output"],
-    "vgg19": ["output"],
+    **{name: ["output"] for name in MODELS if name.startswith(("vgg", "resnet"))},
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import OrderedDict
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from scipy.special import ndtri
 from torch import nn
 
 from fastlth.composition import compose
-from fastlth.models import INIT_VERSION, build
+from fastlth.models import INIT_VERSION, build, weight_stds
 from fastlth.models.conv import vgg
 from fastlth.models.init import _inverse_normal, initialise_, normal, uniform
 
@@ -40,8 +41,10 @@ def spoiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def initialised(model: nn.Module, key: tuple[int, int] = KEY, bias: str = "zero") -> dict[str, torch.Tensor]:
-    initialise_(spoiled(model), key, bias)
+def initialised(
+    model: nn.Module, key: tuple[int, int] = KEY, bias: str = "zero", **how: Any
+) -> dict[str, torch.Tensor]:
+    initialise_(spoiled(model), key, bias, **how)
     return dict(model.state_dict())
 
 
@@ -100,6 +103,67 @@ def test_weights_are_glorot_normal():
         deviates = ndtri((words(0, p.numel(), KEY, c2=place).astype(np.float64) + 0.5) / 2**32)
         expected = math.sqrt(2 / (fan_in + fan_out)) * deviates
         np.testing.assert_allclose(p.detach().flatten().numpy(), expected, rtol=2e-7, err_msg=name)
+
+
+def fan_in_and_out(weight: torch.Tensor) -> tuple[int, int]:
+    return nn.init._calculate_fan_in_and_fan_out(weight)
+
+
+@pytest.mark.parametrize(("how", "std"), [
+    ({"weights": "kaiming"}, lambda w: math.sqrt(2 / fan_in_and_out(w)[0])),
+    ({"std": 0.1}, lambda w: 0.1),
+    ({}, lambda w: math.sqrt(2 / sum(fan_in_and_out(w)))),
+])  # fmt: skip
+def test_other_spreads_are_the_same_deviates_on_another_scale(how, std):
+    """Value by value: kaiming is sqrt(2 / fan_in), torch's kaiming_normal_ for ReLU; a given one is the same in all
+    layers. Nothing but weights changes."""
+    model = small()
+    drawn, plain = initialised(model, **how), initialised(small())
+    for place, (name, p) in enumerate(model.named_parameters()):
+        if p.dim() > 1:
+            deviates = ndtri((words(0, p.numel(), KEY, c2=place).astype(np.float64) + 0.5) / 2**32)
+            np.testing.assert_allclose(drawn[name].flatten().numpy(), std(p) * deviates, rtol=2e-7, err_msg=name)
+        else:
+            assert torch.equal(drawn[name], plain[name])
+
+
+def test_a_net_has_the_spreads_that_weight_stds_gives():
+    """Within 5 standard errors, in a convolution, a shortcut and a linear layer of a ResNet."""
+    for settings in ({}, {"model.weight_init": "kaiming"}, {"model.weight_std": 0.05}):
+        asked = compose("resnet-8", "cifar-10", settings={"train.iterations": 1, "train.batch_size": 1, "train.lr": 1.0,
+                                                          **settings}).recipe  # fmt: skip
+        net, stds = build(asked), weight_stds(asked)
+        for name in ("block3.conv2.weight", "block3.shortcut.weight", "output.weight"):
+            w = net.get_parameter(name).detach()
+            assert float(w.std()) == pytest.approx(stds[name], rel=5 / math.sqrt(2 * w.numel()))
+            assert abs(float(w.mean())) < 5 * stds[name] / math.sqrt(w.numel())
+    assert set(stds.values()) == {0.05}
+    kaiming = nn.init.kaiming_normal_(torch.empty(64, 64, 3, 3), nonlinearity="relu").std().item()
+    found = weight_stds(compose("vgg16", "cifar-10").recipe)["conv2.weight"]
+    assert found == pytest.approx(kaiming, rel=5 / math.sqrt(2 * 36_864))
+
+
+def test_scales_of_batch_norm_are_one_or_uniform_in_0_to_1():
+    one, drawn = initialised(small()), initialised(small(), norm="uniform")
+    place = [n for n, _ in small().named_parameters()].index("bn.weight")
+    expected = [(philox(i // 4, 0, place, 0, KEY)[i % 4] >> 8) / 2**24 for i in range(5)]
+    np.testing.assert_allclose(drawn["bn.weight"].numpy(), expected, rtol=1e-7)
+    assert all(torch.equal(one[n], drawn[n]) for n in one if n != "bn.weight")
+    wide = initialised(nn.Sequential(nn.BatchNorm2d(4_000)), norm="uniform")["0.weight"]
+    assert 0 <= float(wide.min()) < 0.01 and 0.99 < float(wide.max()) < 1
+    assert float(wide.mean()) == pytest.approx(0.5, abs=5 / math.sqrt(12 * 4_000))
+
+
+@pytest.mark.parametrize("name", ["resnet-8", "lenet-25-9"])
+def test_a_seed_draws_a_net_again_and_another_one_another(name):
+    settings = {"train.iterations": 1, "train.batch_size": 1, "train.lr": 1.0}
+    one, again, other = (
+        build(compose(name, "digits", settings={**settings, "seeds.base": seed}).recipe).state_dict()
+        for seed in (4, 4, 5)
+    )
+    assert all(torch.equal(one[n], again[n]) for n in one)
+    changed = {n for n in one if not torch.equal(one[n], other[n])}
+    assert changed == {n for n in one if one[n].dim() > 1}  # weights alone are drawn
 
 
 def test_a_large_layer_has_the_spread_of_torchs_xavier_normal():

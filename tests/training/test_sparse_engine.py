@@ -27,9 +27,9 @@ from tests.helpers import (
 LIMITS = {"kept": 1.0, "dense": 0.0, "mixed": 0.45}
 
 
-def sparse_recipe(kind="kept", **settings):
+def sparse_recipe(kind="kept", model="lenet-300-100", **settings):
     given = {"compute__engine": "sparse", "compute__break_even": LIMITS[kind], "compute__threads": 2, **settings}
-    return small_recipe("lenet-300-100", "digits", **given)
+    return small_recipe(model, "digits", **given)
 
 
 def pair(kind, density=0.5, **settings):
@@ -68,6 +68,20 @@ def test_ten_steps_equal_the_dense_engine(kind, optimizer):
         a, b = ours.evaluate(split), theirs.evaluate(split)
         assert (a.loss, a.accuracy) == (pytest.approx(b.loss, rel=1e-4), b.accuracy)
     assert ours.evaluate("train", 33) == ours.evaluate("train", 33) != ours.evaluate("train", 34)
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+@pytest.mark.parametrize("model", ["lenet-25-9", "lenet-50-17", "lenet-1-1"])
+def test_nets_of_any_width_equal_the_dense_engine(kind, model):
+    """Layers narrower than a vector, a tile and the number of threads; 1-1 may lose a whole layer."""
+    ours, theirs, masks = pair(kind, model=model)
+    ours.run(0, 10)
+    theirs.run(0, 10)
+    assert_masked(ours.weights(), masks)
+    for name, weight in theirs.weights().items():
+        assert torch.allclose(ours.weights()[name], weight, rtol=1e-3, atol=1e-5), name
+    a, b = ours.evaluate("test"), theirs.evaluate("test")
+    assert (a.loss, a.accuracy) == (pytest.approx(b.loss, rel=1e-4), b.accuracy)
 
 
 @pytest.mark.parametrize("kind", LIMITS)

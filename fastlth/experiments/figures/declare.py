@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastlth.catalogue import DATASET_ALIASES, DATASETS, MODELS
+from fastlth.catalogue import DATASET_ALIASES, DATASETS, MODELS, lenet_widths
 from fastlth.experiments.control import Control
 from fastlth.experiments.supermasks.plan import Plan
 
@@ -38,6 +38,8 @@ class Copied:
     pairs: tuple[tuple[int, int], ...] = ((1, 2),)
     """seeds of the copies' data orders"""
     points: int = 30
+    whole: bool = False
+    """the copies train the whole schedule after they part, not its rest"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +80,11 @@ class Arm:
     """whether it is part of the short and smoke scales"""
     short_rounds: int | None = None
     """rounds at short scale; those of preset fast where not given"""
-    needs: str = ""
-    """what fastlth lacks for it, beside a model or a data set"""
 
     @property
     def missing(self) -> str:
         """What has to be there before this arm can be trained; empty if nothing."""
-        if self.needs:
-            return self.needs
-        if self.model not in MODELS:
+        if self.model not in MODELS and lenet_widths(self.model) is None:
             return f"the model {self.model}"
         follow = [f.dataset for f in self.follow if isinstance(f, Carried)]
         for name in (self.dataset, *follow):
@@ -103,6 +101,8 @@ class Against:
     """a field of a round's result"""
     at: int | None = None
     """with quantity test_accuracy: at this iteration of training (of the paper's schedule), not at its end"""
+    counted: bool = False
+    """against the number of weights kept in place of density"""
 
 
 @dataclass(frozen=True, kw_only=True)

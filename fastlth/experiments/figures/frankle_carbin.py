@@ -25,19 +25,31 @@ AT_INIT = Branched(
     label="pruned at iteration 0", control=Control(kind="prune-at-init", method="magnitude", scope="layer")
 )
 
+NOISE = tuple(
+    Branched(label=f"noise of {s:g} standard deviations", control=Control(kind="noise", sigma=s))
+    for s in (0.5, 1.0, 2.0, 3.0)
+)
+STDS = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
+"""of all initial weights"""
+WIDTHS = {
+    (25, 9): 12, (50, 17): 15, (100, 34): 19, (150, 50): 20, (200, 67): 22,
+    (300, 100): 24, (400, 134): 25, (500, 167): 26, (700, 233): 28, (900, 300): 30,
+}  # fmt: skip
+"""units of the hidden layers -> rounds"""
+
 CONV = ("conv-2", "conv-4", "conv-6")
 CONV_ROUNDS = 21
 
 
 def lenet(
     *follow: Follow, rounds: int = 26, label: str = "tickets", settings: Mapping[str, Any] | None = None,
-    replicates: int = 5, published: bool = True, short_rounds: int | None = 18, needs: str = "",
+    replicates: int = 5, published: bool = True, short_rounds: int | None = 18, model: str = "lenet-300-100",
 ) -> Arm:  # fmt: skip
     """LeNet-300-100 on MNIST, as in the paper's preset: ``rounds`` prunings, then what follows from the tickets."""
     return Arm(
-        label=label, panel="LeNet", model="lenet-300-100", dataset="mnist", rounds=rounds, replicates=replicates,
+        label=label, panel="LeNet", model=model, dataset="mnist", rounds=rounds, replicates=replicates,
         settings={"evaluate.test": "always", **(settings or {})}, follow=follow, published=published,
-        short_rounds=short_rounds, needs=needs,
+        short_rounds=short_rounds,
     )  # fmt: skip
 
 
@@ -64,12 +76,8 @@ def resnet(lr: float, warmup: int, *follow: Follow, panel: str, label: str = "ti
     """The net that the paper calls ResNet-18."""
     return Arm(
         label=label, panel=panel, model="resnet-20", dataset="cifar-10", rounds=14, replicates=replicates,
-        follow=follow, settings={
-            "data.augment": "flip-crop", "train.iterations": 30_000, "train.batch_size": 128, "train.optimizer": "sgd",
-            "train.lr": lr, "train.momentum": 0.9, "train.weight_decay": 1e-4, "schedule.warmup": warmup,
-            "schedule.milestones": [20_000, 25_000], "prune.rate": 0.2, "prune.scope": scope,
-            "prune.scale": {"output": 0.0}, "evaluate.test": "always",
-        },
+        follow=follow,
+        settings={"train.lr": lr, "schedule.warmup": warmup, "prune.scope": scope, "evaluate.test": "always"},
     )  # fmt: skip
 
 
@@ -143,15 +151,22 @@ FIGURES = (
     _figure(18, "LeNet: tickets, reinitialised tickets, nets pruned by the size of their initial values",
             (lenet(REINIT, AT_INIT),), STOP, ACCURACY),
     _figure(25, "LeNet: tickets with noise on their initial values",
-            (lenet(needs="a branch that adds noise to a ticket's initial values"),), STOP, ACCURACY),
+            (lenet(REINIT, *NOISE),), STOP, ACCURACY,
+            note="One draw of noise per replicate and round; the paper does not say how many it made."),
     _figure(29, "LeNet at five pruning rates",
             tuple(lenet(label=f"rate {rate:g}", rounds=rounds, short_rounds=short, replicates=3, published=False,
                         settings={"prune.rate": rate})
                   for rate, rounds, short in ((0.1, 54, 19), (0.2, 26, 9), (0.4, 11, 4), (0.6, 6, 2), (0.8, 3, 1))),
             STOP, VALIDATION),
     _figure(30, "LeNet with other sizes of initial values",
-            (lenet(needs="initial values of a given standard deviation"),), STOP, VALIDATION),
-    _figure(31, "LeNets of ten widths", (lenet(needs="LeNets of other widths"),), STOP, VALIDATION),
+            tuple(lenet(label=label, settings=settings, short_rounds=9, replicates=3, published=False)
+                  for label, settings in (*((f"{std:g}", {"model.weight_std": std}) for std in STDS), ("Glorot", {}))),
+            STOP, VALIDATION),
+    _figure(31, "LeNets of ten widths",
+            tuple(lenet(label=f"{a}, {b}", model=f"lenet-{a}-{b}", rounds=rounds, short_rounds=9, replicates=3,
+                        published=False) for (a, b), rounds in WIDTHS.items()),
+            Against("early_stop_iteration", counted=True), Against("early_stop_validation_accuracy", counted=True),
+            note="Every net is pruned until about 1,300 weights are left, where the paper's axis ends."),
     _figure(37, "Conv-2, -4 and -6: only convolutions pruned, only linear layers, or both",
             tuple(conv(m, label=label, settings={} if scale is None else {"prune.scale": scale}, replicates=3,
                        published=False, small=m == "conv-2")

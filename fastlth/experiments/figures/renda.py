@@ -29,10 +29,8 @@ def resnet(label: str, rewind_to: int, *follow: Follow) -> Arm:
     return Arm(
         label=label, panel="ResNet-20", model="resnet-20", dataset="cifar-10", rounds=10, replicates=3, follow=follow,
         settings={
-            "data.augment": "flip-crop", "train.iterations": 71_108, "train.batch_size": 128, "train.optimizer": "sgd",
-            "train.lr": 0.1, "train.momentum": 0.9, "train.weight_decay": 2e-4,
-            "schedule.milestones": [35_581, 53_176], "prune.rate": 0.2, "prune.scope": "global",
-            "prune.rewind_to": rewind_to,
+            "train.iterations": 71_108, "train.lr": 0.1, "train.weight_decay": 2e-4, "schedule.warmup": 0,
+            "schedule.milestones": [35_581, 53_176], "prune.scale": {}, "prune.rewind_to": rewind_to,
         },
     )  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 paper   as declared
 short   the budget of preset ``fast``: its iterations, evaluations and rounds; 3 replicates, one draw
-smoke   digits and seconds, to see that everything works: Conv-2 in place of all nets with convolutions
+smoke   digits and seconds, to see that everything works: ResNet-8 in place of ResNets, Conv-2 in place of the other
+        nets with convolutions
 
 Warm-up, milestones, rewind points and all other iterations shrink in proportion.
 """
@@ -14,18 +15,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from fastlth.catalogue import lenet_widths
 from fastlth.composition import compose, presets_for
 from fastlth.errors import RecipeError, unknown
 from fastlth.experiments.figures.declare import Arm, Branched, Carried, Copied, Figure, Follow
 from fastlth.experiments.supermasks.plan import Plan
-from fastlth.recipe import ComputeSection, DataSection, EvaluateSection, ModelSection, Recipe, ScheduleSection
+from fastlth.recipe import ComputeSection, DataSection, EvaluateSection, Recipe, ScheduleSection
 
 SCALES = ("paper", "short", "smoke")
 SHORT_REPLICATES = 3
 SHORT_SUPERMASK = 20  # epochs, in place of the paper's hundreds
 SMOKE_ITERATIONS, SMOKE_ROUNDS, SMOKE_EVERY, SMOKE_BATCH, SMOKE_POINTS = 8, 2, 4, 20, 3
 SMOKE_COMPUTE = ComputeSection(device="cpu", precision="fp32", compile="off", channels_last="off", loader="resident",
-                               engine="dense", threads=1)  # fmt: skip
+                               engine="dense", threads=1, shifted=())  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +114,11 @@ def _shrunk(recipe: Recipe, ratio: Fraction, rounds: int, every: int) -> Recipe:
 
 
 def _on_digits(recipe: Recipe) -> Recipe:
-    model = "lenet-300-100" if recipe.model.name.startswith("lenet") else "conv-2"
+    name = recipe.model.name
+    if lenet_widths(name) is None:
+        name = "lenet-300-100" if name == "lenet-5" else "resnet-8" if name.startswith("resnet") else "conv-2"
     return dataclasses.replace(
-        recipe, model=ModelSection(name=model, bias_init=recipe.model.bias_init, dropout=recipe.model.dropout),
+        recipe, model=dataclasses.replace(recipe.model, name=name, batch_norm=False),
         data=DataSection(name="digits", normalise=recipe.data.normalise), compute=SMOKE_COMPUTE,
         train=dataclasses.replace(recipe.train, batch_size=min(recipe.train.batch_size, SMOKE_BATCH)),
     )  # fmt: skip

@@ -115,7 +115,9 @@ def _follow(
         case Copied():
             for seeds in follow.pairs:
                 for k in follow.at:
-                    plan = Pair(rounds=follow.rounds, at_iteration=k, seeds=seeds, points=follow.points)
+                    plan = Pair(
+                        rounds=follow.rounds, at_iteration=k, seeds=seeds, points=follow.points, whole=follow.whole
+                    )
                     document = connectivity(search.path, plan, data_dir=data_dir, show=show, stopped=stopped)
                     for result in document["rounds"]:
                         yield Measured({**result, "iteration": k}, search.seed)
@@ -210,7 +212,7 @@ def _steps(trained: Recipe, control: Control, search: Recipe) -> int:
         return trained.train.iterations - search.train.iterations
     if control.kind == "lr-rewind":
         return control.iterations or trained.train.iterations
-    early = control.kind in ("random-prune", "one-shot", "continued") and not control.reinit
+    early = control.kind in ("random-prune", "one-shot", "continued", "noise") and not control.reinit
     return trained.train.iterations - (search.prune.rewind_to if early else 0)
 
 
@@ -221,7 +223,8 @@ def _of_copies(out: Path, run: Path, recipe: Recipe, follow: Copied) -> Iterator
             yield _trial(out, folder / theta_name(k), 0, 0, recipe, k)
         for round in follow.rounds:
             for seed in dict.fromkeys(s for pair in follow.pairs for s in pair):
-                yield _trial(out, folder / copy_name(k, seed), round, 0, recipe, length - k)
+                name = copy_name(k, seed, whole=follow.whole)
+                yield _trial(out, folder / name, round, 0, recipe, length if follow.whole else length - k)
 
 
 def _of_transfer(out: Path, run: Path, recipe: Recipe, follow: Carried) -> Iterator[Training]:

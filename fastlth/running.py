@@ -36,6 +36,7 @@ from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
+from fastlth.training.kept import check as check_kept
 from fastlth.training.resolve import device, engine, environment, loader, resolve
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
@@ -219,6 +220,7 @@ def check(recipe: Recipe) -> None:
     loader(recipe.compute.loader)
     engine(recipe)
     swap(skeleton(recipe), recipe.compute.shifted)
+    check_kept(recipe)
 
 
 def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None) -> Path:

@@ -382,6 +382,9 @@ class ComputeSection:
     shifted: tuple[str, ...] = ("auto",)
     """gradients of convolutions made by shifted matrix products on a CPU, such as conv13.weight and conv13.input;
     auto: those that measure faster"""
+    kept: dict[str, float] = field(default_factory=dict, hash=False)
+    """layer -> density at or below which the dense engine runs it from its kept weights alone on a CPU (fc1 = 0.3);
+    empty with engine auto: measured"""
 
     def __post_init__(self) -> None:
         _check("compute.device", re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
@@ -398,6 +401,8 @@ class ComputeSection:
         object.__setattr__(self, "shifted", tuple(self.shifted))  # read back as a list
         _check("compute.shifted", "auto" not in self.shifted or self.shifted == ("auto",),
                "be auto alone or name gradients", list(self.shifted))  # fmt: skip
+        for layer, limit in self.kept.items():
+            _check(f"compute.kept.{layer}", 0 <= limit <= 1, "be a density in 0 to 1", limit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

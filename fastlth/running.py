@@ -37,6 +37,7 @@ from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training.engines.make import make_engine
+from fastlth.training.kept import check as check_kept
 from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
@@ -230,6 +231,7 @@ def check(recipe: Recipe) -> None:
     kernels(recipe.compute.kernels, device(recipe.compute.device))
     engine(recipe)
     swap(skeleton(recipe), recipe.compute.shifted)
+    check_kept(recipe)
 
 
 def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None) -> Path:

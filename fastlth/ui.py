@@ -124,6 +124,10 @@ class View:
             how += [f"kept weights alone at density {compute.break_even:g} and below"]
         if compute.shifted and compute.shifted != ("auto",):
             how += [f"{len(compute.shifted)} gradients of convolutions by shifted products"]
+        if compute.kept:
+            low, high = min(compute.kept.values()), max(compute.kept.values())
+            at = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            how += [f"{len(compute.kept)} layers from their kept weights alone at density {at} and below"]
         self._print(f"{', '.join(how)}; {event.path}")
         if event.recipe.prune.rewind_to:
             self._print(f"rewinding to iteration {event.recipe.prune.rewind_to:,}")

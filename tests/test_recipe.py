@@ -328,7 +328,7 @@ OTHER: dict[str, Any] = {
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
     "compute.kernels": "torch",
-    "compute.break_even": 0.5, "compute.shifted": ["conv1.weight"],
+    "compute.break_even": 0.5, "compute.shifted": ["conv1.weight"], "compute.kept": {"fc1": 0.5},
     "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip
 WITHOUT = {

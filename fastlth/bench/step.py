@@ -26,8 +26,9 @@ def rows(
     dense: bool = False, peaks: bool = True,
 ) -> Iterator[Row]:  # fmt: skip
     """One row per path and density; about ``seconds`` each. ``share`` is of the peak measured in this run, counting
-    the multiplications of the dense net. With ``dense``, our dense engine too where ``auto`` took another one. With
-    ``peaks``, what each path takes of memory, measured once with the masks of the first round."""
+    the multiplications of the dense net; ``kept_layers`` of ours ran from their kept weights alone. With ``dense``,
+    our dense engine with all layers dense too, where ``auto`` took another one or lets layers leave it. With ``peaks``,
+    what each path takes of memory, measured once with the masks of the first round."""
     recipe, source = recipe_for(model, dataset), random_source(dataset)
     compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
     recipe = dataclasses.replace(recipe, compute=compute)
@@ -35,7 +36,7 @@ def rows(
     batch, blocks = recipe.train.batch_size, blocks_on(compute.device)
     ours = Ours(recipe, source)
     paths = {"ours": ours}
-    if dense and compute.engine != "dense":
+    if dense and (compute.engine != "dense" or compute.kept):
         paths[OUR_DENSE] = Ours(_dense(recipe), source)
     names = [*paths, "eager", "plain", *(["compiled"] if compiled else [])]
     taken = memory.peak_bytes(recipe, "step", names, rounds[0] if rounds else 0) if peaks else {}
@@ -50,7 +51,8 @@ def rows(
         for path, engine in paths.items():
             engine.prune(masks)
             result = paired(engine.steps, work(recipe, source, "eager", masks), budget=seconds, seed=round, **blocks)
-            yield finished(row("step", recipe, path, "eager", density, result, batch))
+            kept = sum(how == "kept" for how in engine.engine.layers.values())
+            yield {**finished(row("step", recipe, path, "eager", density, result, batch)), "kept_layers": kept}
     masks, density = masks_of_round(recipe, 0)
     ours.prune(masks)
     plain = work(recipe, source, "plain", masks)
@@ -85,5 +87,6 @@ def can_compile() -> bool:
 
 
 def _dense(recipe: Recipe) -> Recipe:
-    compute = dataclasses.replace(recipe.compute, engine="dense", threads=torch.get_num_threads())
+    threads = recipe.compute.threads if recipe.compute.engine == "dense" else torch.get_num_threads()
+    compute = dataclasses.replace(recipe.compute, engine="dense", kept={}, threads=threads)
     return dataclasses.replace(recipe, compute=compute)

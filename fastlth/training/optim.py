@@ -22,15 +22,23 @@ class MaskedOptimizer:
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], train: TrainSection) -> None:
         self.parameters = dict(parameters)
         device = next(iter(self.parameters.values())).device
+        self._train = train
         self.lr = torch.tensor(train.lr, dtype=torch.float32, device=device)
-        self._optimizer, slots = _make(list(self.parameters.values()), train, self.lr)
         self.fill: dict[str, Tensor] = {}
         """name -> the values its pruned weights keep, where they may be other than 0"""
+        self.move({})
+
+    def move(self, kept: Mapping[str, Tensor]) -> None:
+        """From now on update these tensors (the kept values of weights, by name) instead of the parameters of their
+        names, with a fresh state."""
+        self._kept = kept
+        self._moved: dict[str, Tensor] = {**self.parameters, **kept}
+        self._optimizer, slots = _make(list(self._moved.values()), self._train, self.lr)
         self.state: dict[str, Tensor] = {}
-        for name, p in self.parameters.items():
+        for name, p in self._moved.items():
             own = {slot: torch.zeros_like(p, memory_format=torch.preserve_format) for slot in slots}
-            if train.optimizer != "sgd":
-                own["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            if self._train.optimizer != "sgd":
+                own["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             self._optimizer.state[p] = own
             self.state |= {f"{name}/{slot}": value for slot, value in own.items()}
 
@@ -44,18 +52,20 @@ class MaskedOptimizer:
         """One update in place, by the gradients in ``.grad``, which are gone afterwards. ``pruned`` holds bool
         tensors, True where a weight is pruned; what the gradient says there, NaN included, is ignored."""
         for name, mask in pruned.items():
+            if name in self._kept:
+                continue
             gradient = self.parameters[name].grad
             if gradient is not None:  # an own net may hold layers that it does not use
                 gradient.masked_fill_(mask, 0.0)
         self._optimizer.step()
         for name, fill in self.fill.items():
             torch.where(pruned[name], fill, self.parameters[name], out=self.parameters[name])
-        for p in self.parameters.values():
+        for p in self._moved.values():
             p.grad = None
 
 
 def _make(
-    parameters: list[torch.nn.Parameter], train: TrainSection, lr: Tensor
+    parameters: list[Tensor], train: TrainSection, lr: Tensor
 ) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
     if train.optimizer == "sgd":
         sgd = torch.optim.SGD(parameters, lr=lr, momentum=train.momentum, nesterov=train.nesterov,

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,9 +25,10 @@ import fastlth
 from fastlth import specs
 from fastlth.data import ffcv
 from fastlth.errors import DeviceError, RecipeError
-from fastlth.models import skeleton
+from fastlth.models import skeleton, weight_names
+from fastlth.pruning import layer_rates
 from fastlth.recipe import ComputeSection, Recipe
-from fastlth.training import host, shifted
+from fastlth.training import break_even, host, kept, shifted
 from fastlth.training.engines import sparse
 from fastlth.training.engines.base import Engine
 
@@ -50,6 +51,8 @@ BREAK_EVEN = 0.5
 """of the sparse engine, until it is measured"""
 # Compiling takes half a minute to a minute: it is tried where it can be a few percent of the search at most.
 COMPILE_WORTH_SECONDS = 1800.0
+# Measuring each layer takes five to fifteen seconds, and the kernels ten more once per machine.
+KEPT_WORTH_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def device(name: str) -> str:
 def environment(compute: ComputeSection) -> dict[str, str]:
     """What, beside the resolved recipe, the bits of a result depend on."""
     on_cuda = compute.device.startswith("cuda")
-    compiler = {"numba": version("numba")} if compute.engine == "sparse" else {}
+    compiler = {"numba": version("numba")} if compute.engine == "sparse" or compute.kept else {}
     return {
         **compiler,
         "device": torch.cuda.get_device_name(compute.device) if on_cuda else platform.machine(),
@@ -104,6 +107,7 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
         compile=asked.compile.replace("auto", "off"),
         channels_last=asked.channels_last if asked.channels_last != "auto" else _channels_last(recipe),
     )  # fmt: skip
+    kept.check(dataclasses.replace(recipe, compute=fixed))
     chosen = None
     if engine(recipe) != "dense":
         chosen = _sparse(recipe, fixed, make_engine, rates)
@@ -177,20 +181,41 @@ def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates
             chosen = candidate
     if asked.shifted == ("auto",) and asked.compile != "on":
         chosen = dataclasses.replace(chosen, shifted=_shifted(recipe, chosen))
-    if asked.compile == "auto":
-        eager = rates.get(_label(chosen)) or _measure(recipe, [chosen], make_engine)[chosen]
-        if _images_ahead(recipe) / eager > COMPILE_WORTH_SECONDS:
-            compiled = dataclasses.replace(chosen, compile="on", shifted=fixed.shifted)
-            try:
-                measured = _measure(recipe, [chosen, compiled], make_engine)
-            except torch._dynamo.exc.TorchDynamoException:
-                if not recipe.model.own:
-                    raise
-                return chosen  # not every net of others is one graph
-            rates |= {_label(c): rate for c, rate in measured.items()}
-            if measured[compiled] > COMPILE_GAIN * measured[chosen]:
-                chosen = compiled
+    tries_kept = asked.engine == "auto" and not asked.kept and not kept.unsupported(recipe, chosen)
+    tries_compiled = asked.compile == "auto" and not asked.kept
+    if not tries_kept and not tries_compiled:
+        return chosen
+    seconds = _images_ahead(recipe) / (rates.get(_label(chosen)) or _measure(recipe, [chosen], make_engine)[chosen])
+    if tries_kept and seconds > KEPT_WORTH_SECONDS:
+        chosen = dataclasses.replace(chosen, kept=_kept(recipe, chosen))
+    if tries_compiled and seconds > COMPILE_WORTH_SECONDS:
+        compiled = dataclasses.replace(chosen, compile="on", shifted=fixed.shifted, kept={})
+        middle = _middle(recipe) if chosen.kept else 1.0
+        try:
+            measured = _measure(recipe, [chosen, compiled], make_engine, density=middle)
+        except torch._dynamo.exc.TorchDynamoException:
+            if not recipe.model.own:
+                raise
+            return chosen  # not every net of others is one graph
+        rates |= {_label(c): rate for c, rate in measured.items()}
+        if measured[compiled] > COMPILE_GAIN * measured[chosen]:
+            chosen = compiled
     return chosen
+
+
+def _middle(recipe: Recipe) -> dict[str, float]:
+    """The density of each prunable weight in the middle of the search, with layer-wise scope."""
+    rates = layer_rates(weight_names(skeleton(recipe)), recipe.prune)
+    return {name: float(1 - rate) ** (recipe.prune.rounds / 2) for name, rate in rates.items()}
+
+
+def _kept(recipe: Recipe, compute: ComputeSection) -> dict[str, float]:
+    """Layer -> the density at or below which its kept weights alone are faster; a few seconds."""
+    with host.settings(compute.threads):
+        return break_even.break_evens(
+            skeleton(recipe), recipe.data.facts.shape, recipe.train, compute.precision,
+            channels_last=compute.channels_last == "on", threads=compute.threads, shifted=compute.shifted,
+        )  # fmt: skip
 
 
 def _shifted(recipe: Recipe, compute: ComputeSection) -> tuple[str, ...]:
@@ -208,11 +233,13 @@ def _label(compute: ComputeSection) -> str:
     engine = "sparse, " if compute.engine == "sparse" else ""
     plural = "s" if compute.threads > 1 else ""
     compiled = ", compiled" if compute.compile == "on" else ""
-    return f"{engine}{compute.precision}, {compute.threads} thread{plural}{compiled}"
+    kept = ", kept weights in the middle of the search" if compute.kept else ""
+    return f"{engine}{compute.precision}, {compute.threads} thread{plural}{compiled}{kept}"
 
 
 def _measure(
-    recipe: Recipe, candidates: list[ComputeSection], make_engine: MakeEngine, *, calls: int = 3, density: float = 1.0
+    recipe: Recipe, candidates: list[ComputeSection], make_engine: MakeEngine, *, calls: int = 3,
+    density: float | Mapping[str, float] = 1.0,
 ) -> dict[ComputeSection, float]:
     """Training images/s per candidate, by alternated calls, because a neighbour on the machine slows down whoever
     is being timed at the moment. At least ``calls`` each; about ``MEASURE_SECONDS`` in all."""
@@ -242,12 +269,13 @@ def _measure(
     return {c: recipe.train.batch_size / seconds for c, seconds in fast.items()}
 
 
-def prune_at_random(engine: Engine, density: float) -> None:
-    """Masks of one density everywhere; what a step costs depends on nothing else."""
-    if density < 1:
+def prune_at_random(engine: Engine, density: float | Mapping[str, float]) -> None:
+    """Masks of one density everywhere, or of one per weight; what a step costs depends on nothing else."""
+    if density != 1:
         generator = torch.Generator().manual_seed(0)
         weights = {n: t.clone() for n, t in engine.weights().items()}
-        masks = {n: torch.rand(weights[n].shape, generator=generator) < density for n in engine.prunable}
+        each = density if isinstance(density, Mapping) else dict.fromkeys(engine.prunable, density)
+        masks = {n: torch.rand(weights[n].shape, generator=generator) < each[n] for n in engine.prunable}
         engine.set_masks({n: m.to(weights[n].device) for n, m in masks.items()})
         engine.rewind(weights)
 

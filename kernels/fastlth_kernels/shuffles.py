@@ -9,9 +9,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import I8, I32, I64, LANES, address_of, called, constant, element_of, joined, shuffled, splatted
+from .simd import I8, I16, I32, I64, LANES, address_of, called, constant, element_of, joined, shuffled, splatted
 
 GROUP = 16
 """numbers in one register, and what is summed or turned at a time"""
@@ -156,3 +157,134 @@ def transpose16(typing: Any, memory: Any, source: Any, source_pitch: Any, target
 
     i64 = types.int64
     return types.void(memory, i64, i64, i64, i64), build
+
+
+# ---- images in rows, turned so that they are lanes, and back; bfloat16 comes as uint16
+
+
+def _as_real(b: Any, x: Any, source: Any) -> Any:
+    """A vector of 16 loaded from an array of ``source``: bfloat16 is the upper half of a float."""
+    if source != types.uint16:
+        return x
+    wide = b.shl(b.zext(x, ir.VectorType(I32, GROUP)), ir.Constant(ir.VectorType(I32, GROUP), [16] * GROUP))
+    return b.bitcast(wide, ir.VectorType(ir.FloatType(), GROUP))
+
+
+def _as_stored(b: Any, x: Any, target: Any) -> Any:
+    """The inverse, rounded to the nearest, halves to even; NaN stays NaN."""
+    if target != types.uint16:
+        return x
+    ints = ir.VectorType(I32, GROUP)
+
+    def each(value: int) -> Any:
+        return ir.Constant(ints, [value] * GROUP)
+
+    word = b.bitcast(x, ints)
+    odd = b.and_(b.lshr(word, each(16)), each(1))
+    rounded = b.lshr(b.add(b.add(word, odd), each(0x7FFF)), each(16))
+    rounded = b.select(b.fcmp_unordered("uno", x, x), each(0x7FC0), rounded)
+    return b.trunc(rounded, ir.VectorType(I16, GROUP))
+
+
+def _row_of_16(context: Any, b: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    element = I16 if array_type.dtype == types.uint16 else element_of(array_type.dtype)
+    return address_of(context, b, array_type, array, offset, ir.VectorType(element, GROUP))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def turn_in(
+    typing: Any, source: Any, begin: Any, stride: Any, count: Any, target: Any, place: Any, pitch: Any
+) -> Any:
+    """target[place + j * pitch + i] = source[begin + i * stride + j] for i, j < 16; 0 for i >= ``count``."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        source, begin, stride, count, target, place, pitch = args
+        kind = _row_of_16(context, b, sig.args[0], source, begin).type.pointee
+        nothing = cgutils.alloca_once_value(b, ir.Constant(kind, [0] * GROUP))
+        rows = []
+        for i in range(GROUP):
+            number = ir.Constant(I64, i)
+            there = _row_of_16(context, b, sig.args[0], source, b.add(begin, b.mul(stride, number)))
+            row = b.load(b.select(b.icmp_signed("<", number, count), there, nothing), align=2)
+            rows.append(_as_real(b, row, sig.args[0].dtype))
+        for j, row in enumerate(_butterfly(b, rows)):
+            where = b.add(place, b.mul(pitch, ir.Constant(I64, j)))
+            b.store(row, address_of(context, b, sig.args[4], target, where, row.type), align=64)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(source, i64, i64, i64, target, i64, i64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def turn_out(
+    typing: Any, source: Any, place: Any, pitch: Any, target: Any, begin: Any, stride: Any, count: Any
+) -> Any:
+    """The inverse: target[begin + i * stride + j] = source[place + j * pitch + i] for i < ``count``, j < 16."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        source, place, pitch, target, begin, stride, count = args
+        kind = ir.VectorType(element_of(sig.args[0].dtype), GROUP)
+        rows = []
+        for j in range(GROUP):
+            where = b.add(place, b.mul(pitch, ir.Constant(I64, j)))
+            rows.append(b.load(address_of(context, b, sig.args[0], source, where, kind), align=64))
+        stored = _row_of_16(context, b, sig.args[3], target, begin).type.pointee
+        nowhere = cgutils.alloca_once(b, stored)
+        for i, row in enumerate(_butterfly(b, rows)):
+            number = ir.Constant(I64, i)
+            there = _row_of_16(context, b, sig.args[3], target, b.add(begin, b.mul(stride, number)))
+            there = b.select(b.icmp_signed("<", number, count), there, nowhere)
+            b.store(_as_stored(b, row, sig.args[3].dtype), there, align=2)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(source, i64, i64, target, i64, i64, i64), build
+
+
+# ---- dot products that go on over many places
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_dots(
+    typing: Any, memory: Any, sums: Any, x: Any, d0: Any, d1: Any, d2: Any, d3: Any, s1: Any, s2: Any, s3: Any
+) -> Any:
+    """Add to the 16 numbers at ``sums`` the products of four `Lanes` with those at x, x + s1, x + s2 and x + s3,
+    folded from 64 lanes to 16."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        memory, sums, x, *rest = args
+        lanes, places = rest[:4], [x, *(b.add(x, s) for s in rest[4:])]
+        kind = ir.VectorType(element_of(sig.args[0].dtype), GROUP)
+        there = address_of(context, b, sig.args[0], memory, sums, kind)
+        chains = [b.load(there, align=64), None]
+        for t, (d, place) in enumerate(zip(lanes, places, strict=True)):
+            row = b.load(address_of(context, b, sig.args[0], memory, place, d.type), align=64)
+            for i in range(0, LANES, GROUP):
+                part = [shuffled(b, v, v, list(range(i, i + GROUP))) for v in (d, row)]
+                old = chains[t % 2]
+                chains[t % 2] = b.fmul(*part) if old is None else called(b, "fma", *part, old)
+        b.store(b.fadd(*chains), there, align=64)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(memory, i64, i64, d0, d1, d2, d3, i64, i64, i64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def total16(typing: Any, memory: Any, sums: Any, out: Any) -> Any:
+    """memory[out + i] = the sum of the 16 numbers at sums + 16 i, for i < 16."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        memory, sums, out = args
+        kind = ir.VectorType(element_of(sig.args[0].dtype), GROUP)
+        rows = []
+        for i in range(GROUP):
+            place = b.add(sums, ir.Constant(I64, GROUP * i))
+            rows.append(b.load(address_of(context, b, sig.args[0], memory, place, kind), align=64))
+        totals, lanes = _tree(rows, b)
+        totals = shuffled(b, totals, totals, [lanes.index(i) for i in range(GROUP)])
+        b.store(totals, address_of(context, b, sig.args[0], memory, out, kind), align=4)
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, types.int64), build

@@ -1,4 +1,7 @@
-"""The dense engine: ordinary dense tensors on any device, weights kept masked in the update."""
+"""The dense engine: ordinary dense tensors on any device, weights kept masked in the update.
+
+On a CPU, layers that ``recipe.compute.kept`` names leave it in the rounds where they are sparse enough: ``kept.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fastlth.recipe import Recipe
 from fastlth.training import host
 from fastlth.training.engines.base import Chunk, Tensors
 from fastlth.training.evaluate import Scores, evaluate
+from fastlth.training.kept import KeptLayers
 from fastlth.training.optim import MaskedOptimizer
 from fastlth.training.schedule import lr_at
 from fastlth.training.shifted import swap
@@ -43,6 +47,8 @@ class DenseEngine:
 
             self.model = swap_(self.model)
         swap(self.model, compute.shifted)
+        limits = compute.kept if net is None else {}
+        self._kept = KeptLayers(self.model, limits, batch=recipe.train.batch_size, threads=compute.threads)
         parameters = dict(self.model.named_parameters())
         self.weight_names = weight_names(self.model)
         self.prunable = list(layer_rates(self.weight_names, recipe.prune)) if net is None else []
@@ -74,7 +80,8 @@ class DenseEngine:
 
     @property
     def layers(self) -> dict[str, str]:
-        return {name.removesuffix(".weight"): "dense" for name in self.weight_names}
+        kept = self._kept.values
+        return {name.removesuffix(".weight"): "kept" if name in kept else "dense" for name in self.weight_names}
 
     def run(self, first: int, last: int) -> Chunk:
         """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""
@@ -105,17 +112,21 @@ class DenseEngine:
         for name, fill in self._optimizer.fill.items():
             fill.copy_(start[name])
         self._zero_pruned()
+        self._kept.read_in()
         self._optimizer.reset()
         self._filled.zero_()
 
     @torch.no_grad()
     def set_masks(self, masks: Tensors) -> None:
+        self._kept.write_back()
         mask_tools.copy_(self._pruned, {name: ~m for name, m in masks.items()})
         if self._recipe.compute.kernels == "triton":
             from fastlth.training.masked_modules import write_masks
 
             write_masks(self.model, masks)
         self._zero_pruned()
+        if self._kept.choose(masks):
+            self._optimizer.move(self._kept.values)
 
     def _zero_pruned(self) -> None:
         if self._recipe.prune.fills:
@@ -131,17 +142,25 @@ class DenseEngine:
                             precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
 
     def weights(self) -> dict[str, Tensor]:
+        self._kept.write_back()
         return state(self.model)
 
     def state(self) -> dict[str, Tensor]:
         return {
             **{f"model/{n}": t for n, t in self.weights().items()},
-            **{f"optimizer/{n}": t for n, t in self._optimizer.state.items()},
+            **{f"optimizer/{n}": self._kept.whole(_weight(n), t) for n, t in self._optimizer.state.items()},
             "interval/losses": self._losses, "interval/hits": self._hits,
             "interval/images": self._images, "interval/filled": self._filled,
         }  # fmt: skip
 
     @torch.no_grad()
     def load_state(self, state: Tensors) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        moments = {f"optimizer/{n}": t for n, t in self._optimizer.state.items()}
+        for name, tensor in {**self.state(), **moments}.items():
+            tensor.copy_(self._kept.part(_weight(name), state[name]) if name in moments else state[name])
+        self._kept.read_in()
+
+
+def _weight(name: str) -> str:
+    """The weight to which a tensor of the optimizer's belongs: "fc1.weight" of "optimizer/fc1.weight/exp_avg"."""
+    return name.removeprefix("optimizer/").rpartition("/")[0]

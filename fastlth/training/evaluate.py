@@ -23,14 +23,17 @@ class Scores:
 def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor, table: Tensor, *, precision: str, batch: int) -> Scores:
     """Scores of ``model`` in evaluation mode on pixels uint8 [N, H, W, C] and labels int64 [N], unaugmented.
 
-    The model is left in training mode. One host read, at the end.
+    ``table`` is on the model's device; images that are not are copied there batch by batch. The model is left in
+    training mode. One host read, at the end.
     """
     model.eval()
-    loss = torch.zeros((), dtype=torch.float32 if pixels.device.type == "mps" else torch.float64, device=pixels.device)
-    hits = torch.zeros((), dtype=torch.int64, device=pixels.device)
-    for images, target in zip(torch.split(pixels, batch), torch.split(labels, batch), strict=True):
+    device = table.device
+    loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    for some, some_labels in zip(torch.split(pixels, batch), torch.split(labels, batch), strict=True):
+        images, target = some.to(device), some_labels.to(device)
         x = normalise(images.permute(0, 3, 1, 2), table, torch.float32)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(x)
         loss += F.cross_entropy(logits.float(), target, reduction="sum")
         hits += (logits.argmax(1) == target).sum()

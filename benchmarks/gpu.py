@@ -1,14 +1,22 @@
-"""``python -m benchmarks.gpu kernels --out DIR``: the kernels judged on a real GPU.
+"""``python -m benchmarks.gpu PART --out DIR``: the kernels and the engines judged on a real GPU.
 
-Needs this checkout, CUDA PyTorch 2.11 or newer and Triton; nothing of fastlth's other requirements. First every kernel
-against float64 on the device, then times per layer beside the library, the naive way and ``torch.compile``. Writes
-``DIR/kernels.json`` after every row, so that what was measured survives; rows that the time limit left out are named in
-it. Exit code 1 if a kernel is wrong. ``--dry-run`` goes the same way on the CPU, on tiny sizes: its times mean nothing.
+    kernels      every kernel against float64, then times per layer beside the library, the naive way, torch.compile
+    invariants   what docs/architecture.md promises, on the device
+    steps        images/s of every model at several batch sizes: eager, compiled, our engines; share of the peak
+    profile      where the time of one VGG-19 step goes
+    lenet        a search of twenty rounds on MNIST, and many replicates in one graph
+    vgg          a search of twenty short rounds of VGG-19 on CIFAR-10
+
+Needs this checkout, CUDA PyTorch 2.11 or newer and Triton; ``steps`` also Pillow and torchvision. Where the data are
+not there, images are random. Writes ``DIR/PART.json`` after every row, so that what was measured survives; the same
+command again goes on with what the time limit left out. Exit code 1 if something is wrong. ``--dry-run`` goes the same
+way on the CPU, on tiny sizes: its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import sys
@@ -33,11 +41,31 @@ class Ledger:
     out: Path
     device: torch.device
     seconds: float
+    part: str = "kernels"
     rounds: int = 15
     began: float = field(default_factory=time.monotonic)
     checks: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Go on from an earlier call of the same part. Checks are made again."""
+        file = self.out / f"{self.part}.json"
+        if self.part != "kernels" and file.exists():
+            earlier = json.loads(file.read_text())
+            if earlier["dry_run"] == self.dry and earlier["machine"] == machine(self.device):
+                self.rows = earlier["rows"]
+
+    def has(self, **what: Any) -> bool:
+        """Whether an earlier call, or this one, has measured it."""
+        return any(all(row.get(k) == v for k, v in what.items()) for row in self.rows)
+
+    def row(self, **facts: Any) -> None:
+        """A row that is no comparison."""
+        self.rows.append(facts)
+        short = {k: v for k, v in facts.items() if not isinstance(v, list)}
+        print(" ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items()), flush=True)
+        self.write()
 
     @property
     def dry(self) -> bool:
@@ -88,9 +116,9 @@ class Ledger:
                     "seconds": round(time.monotonic() - self.began, 1), "checks": self.checks, "rows": self.rows,
                     "left_out": self.left_out}  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
-        partial = self.out / "kernels.json.part"
+        partial = self.out / f"{self.part}.json.part"
         partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(self.out / "kernels.json")
+        partial.replace(self.out / f"{self.part}.json")
 
 
 class _Timer:
@@ -167,20 +195,29 @@ def versions() -> dict[str, str | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", choices=["kernels"])
-    parser.add_argument("--out", type=Path, required=True, help="folder for kernels.json")
+    parser.add_argument("part", choices=["kernels", "invariants", "steps", "profile", "lenet", "vgg"])
+    parser.add_argument("--out", type=Path, required=True, help="folder for PART.json")
     parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing new after so long")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny sizes: tries the script, no more")
     asked = parser.parse_args(arguments)
     if not asked.dry_run and not torch.cuda.is_available():
         print("no CUDA device: run it where there is one, or with --dry-run", file=sys.stderr)
         return 2
-    from benchmarks import gpu_kernels
-
-    ledger = Ledger(asked.out, torch.device("cpu" if asked.dry_run else "cuda"), 60 * asked.minutes)
+    ledger = Ledger(asked.out, torch.device("cpu" if asked.dry_run else "cuda:0"), 60 * asked.minutes, asked.part)
     if ledger.dry:
         ledger.rounds = 2
-    else:
+    if asked.part == "kernels":
+        return _kernels(ledger)
+    importlib.import_module(f"benchmarks.gpu_{asked.part}").measure(ledger)
+    ledger.write()
+    print(f"{len(ledger.rows)} rows in {asked.out / asked.part}.json; left out: {ledger.left_out or 'nothing'}")
+    return 0 if all(check["passed"] for check in ledger.checks) else 1
+
+
+def _kernels(ledger: Ledger) -> int:
+    from benchmarks import gpu_kernels
+
+    if not ledger.dry:
         torch.backends.cudnn.benchmark = True
     gpu_kernels.numerics(ledger)
     ledger.write()

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fastlth.catalogue import DATASETS
 from fastlth.models import skeleton, weight_names
+from fastlth.models.channels import STEP, Removable, links, removable, work_left
 from fastlth.recipe import Recipe
 from fastlth.store.ticket import Ticket
 
@@ -154,13 +156,15 @@ def layer_records(
     recipe: Recipe, round: int, masks: Mapping[str, Mask], previous: Mapping[str, Mask] | None,
     before: Mapping[str, NDArray[Any]], trained: Mapping[str, NDArray[Any]],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One flat record per layer of a finished round, then one for each layer that has collapsed (docs/metrics.md).
+    """One flat record per layer of a finished round, one for each layer that has collapsed, and one of the work
+    that would be left without units that the net does not need (docs/metrics.md).
 
-    ``masks`` are the round's, ``previous`` those of the round before, if any; signs are compared between the weights
-    ``before`` and ``trained`` after it.
+    ``masks`` are the round's, ``previous`` those of the round before, if any; ``before`` are the parameters and buffers
+    the round began with, ``trained`` those it ended with.
     """
-    found = net_units(recipe, masks)
+    found, without = net_units(recipe, masks), removable_units(recipe, masks, before)
     for name, u in found.items():
+        none = without[name.removesuffix(".weight")] if without else None
         whole = np.ones(trained[name].shape, bool)
         mask = masks.get(name, whole)
         kept = int(np.count_nonzero(mask))
@@ -170,9 +174,33 @@ def layer_records(
             "sign_agreement": sign_agreement(mask, before[name], trained[name]),
             **_overlap(mask, None if previous is None else previous.get(name, whole)),
             **unit_fields(u),
+            "unread_units": int(none.unread.sum()) if none else None,
+            "silent_units": int(none.silent.sum()) if none else None,
         }  # fmt: skip
     for name, what in collapses(found).items():
         yield {"event": "warning", "round": round, "layer": name, "message": f"{name} {what}"}
+    if without is not None:
+        yield {"event": "work", "round": round, **_work(recipe, without)}
+
+
+def removable_units(
+    recipe: Recipe, masks: Mapping[str, Mask], start: Mapping[str, NDArray[Any]]
+) -> dict[str, Removable] | None:  # fmt: skip
+    """By layer name, the units that a round beginning with ``start`` could do without; None where nothing is said
+    about paths (``net_units``)."""
+    net = skeleton(recipe)
+    chain = links(net)
+    if not chain or recipe.prune.mask_0 != "mask":
+        return None
+    whole = {n: masks.get(n, np.ones(tuple(net.get_parameter(n).shape), bool)) for n in weight_names(net)}
+    return removable(chain, whole, start)
+
+
+def _work(recipe: Recipe, found: Mapping[str, Removable]) -> dict[str, float]:
+    gone = {name: units.either for name, units in found.items()}
+    shape = DATASETS[recipe.data.name].shape
+    return {"work_left": work_left(skeleton(recipe), shape, gone),
+            f"work_left_by_{STEP}": work_left(skeleton(recipe), shape, gone, STEP)}  # fmt: skip
 
 
 def _overlap(mask: Mask, previous: Mask | None) -> dict[str, float | None]:

@@ -372,13 +372,16 @@ class ComputeSection:
     loader: str = "auto"
     """auto, resident (the set lives on the device) or ffcv (streamed)"""
     engine: str = "auto"
-    """auto, dense (any net, any device) or sparse (fully connected nets on a CPU: cost falls with density)"""
+    """auto, dense (any net, any device), sparse (fully connected nets on a CPU: cost falls with density) or graph (any
+    net on CUDA: the whole step is one captured graph)"""
     kernels: str = "auto"
     """torch (PyTorch's layers), triton (masked kernels, CUDA only) or auto: torch until measured otherwise"""
     threads: int = 0
     """CPU threads; 0: as many as torch finds, or as measured fastest"""
     break_even: float = -1.0
     """density at or below which the sparse engine runs a layer from its kept weights alone; -1: measured"""
+    deterministic: bool = False
+    """on CUDA: only algorithms that give the same bits every time, which are slower (a CPU always gives them)"""
     shifted: tuple[str, ...] = ("auto",)
     """gradients of convolutions made by shifted matrix products on a CPU, such as conv13.weight and conv13.input;
     auto: those that measure faster"""
@@ -393,7 +396,7 @@ class ComputeSection:
         _choice("compute.compile", self.compile, ("auto", "on", "off"))
         _choice("compute.channels_last", self.channels_last, ("auto", "on", "off"))
         _choice("compute.loader", self.loader, ("auto", "resident", "ffcv"))
-        _choice("compute.engine", self.engine, ("auto", "dense", "sparse"))
+        _choice("compute.engine", self.engine, ("auto", "dense", "sparse", "graph"))
         _check("compute.break_even", self.break_even == -1 or 0 <= self.break_even <= 1,
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
         _choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))

@@ -12,11 +12,13 @@ import functools
 import shlex
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from fastlth import sinks
 from fastlth.analysis import collapses, layer_records, net_units, replicate_overlap
@@ -30,12 +32,16 @@ from fastlth.pruning.budget import one_shot_rate
 from fastlth.pruning.criteria import SIGN_TESTS
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.saving import Saver
-from fastlth.search import Event, InRound, RoundFinished, RoundStarted, find_tickets, over, winning_round
+from fastlth.search import Event, InRound, RoundFinished, RoundStarted, Said, find_tickets, over, winning_round
 from fastlth.side_by_side import cores, side_by_side
 from fastlth.store import ticket as tickets
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
+from fastlth.training import faults
+from fastlth.training.engines import fleet
+from fastlth.training.engines.base import Engine
+from fastlth.training.engines.fleet import Member
 from fastlth.training.engines.make import make_engine
 from fastlth.training.kept import check as check_kept
 from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
@@ -155,7 +161,8 @@ def run(
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
     Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. Where the sparse engine
-    trains, as many of them run side by side as there are processors, each on one thread. ``log`` names further
+    trains, as many of them run side by side as there are processors, each on one thread; where the graph engine trains
+    a fully connected net, all of them are trained as one. ``log`` names further
     places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
     step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
     ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet. ``model`` and ``data``
@@ -171,11 +178,14 @@ def run(
             opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
         ]
         together = _together(directories, source, resolved) if replicates > 1 else 1
+        members = _fleet(directories, source, resolved, show) if replicates > 1 and together == 1 else {}
+        together = max(together, len(members))
 
         def task(r: int, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
             settled = next((d.resolved for d in directories if d.resolved), resolved)
             one = directories[r]
-            return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir)
+            with members[r] if r in members else nullcontext() as member:
+                return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir, member)
 
         if together == 1:
             return Search(recipe, tuple(task(r, show, stopped) for r in range(replicates)))
@@ -193,7 +203,7 @@ def run(
 def _together(directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None) -> int:
     """How many replicates run side by side; settles what ``auto`` becomes, with one thread for each of them."""
     todo = [d for d in directories if (ticket := d.ticket(theta0)) is None or not over(d.recipe, ticket.rounds)]
-    if len(todo) < 2 or engine(todo[0].recipe) == "dense":
+    if len(todo) < 2 or device(todo[0].recipe.compute.device) != "cpu" or engine(todo[0].recipe) in ("dense", "graph"):
         return 1
     if resolved is None and all(d.resolved is None for d in directories):
         recipe = todo[0].recipe
@@ -206,6 +216,31 @@ def _together(directories: Sequence[Run], source: Source, resolved: Mapping[str,
     if resolved is None or resolved["engine"] != "sparse":
         return 1
     return min(len(todo), max(1, cores() // int(resolved["threads"])))
+
+
+def _fleet(
+    directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None, show: Show
+) -> dict[int, Member]:
+    """Engines of replicates that are trained as one, by their number: those still to be done, where the graph engine
+    trains them, they can be batched, and all are at the same step (one that was killed may be behind)."""
+    saved = [(d.ticket(theta0), d.state()) for d in directories]
+    recipe = directories[0].recipe
+    todo = [r for r, (ticket, _) in enumerate(saved) if ticket is None or not over(recipe, ticket.rounds)]
+    where = device(recipe.compute.device)
+    asked = recipe.compute.engine == "graph" or (recipe.compute.engine == "auto" and where.startswith("cuda"))
+    if len(todo) < 2 or not asked or fleet.unsupported(recipe):
+        return {}
+    places = {(len(t.rounds) if t else 0, s.info["progress"]["iteration"] if s else 0)
+              for t, s in (saved[r] for r in todo)}  # fmt: skip
+    compute, _, _ = _settle(directories[todo[0]], directories[todo[0]].recipe, source, resolved)
+    if compute.engine != "graph" or len(places) > 1:
+        return {}
+    try:
+        made = fleet.Fleet([dataclasses.replace(directories[r].recipe, compute=compute) for r in todo], source)
+    except torch.OutOfMemoryError:
+        show(Notice(f"{compute.device} has not memory enough for {len(todo)} replicates as one: they train one by one"))
+        return {}
+    return dict(zip(todo, made.members, strict=True))
 
 
 def in_one_step(recipe: Recipe, density: float) -> Recipe:
@@ -268,6 +303,7 @@ def resume(
 def _run_one(
     directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, replicate: tuple[int, int],
     log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
+    member: Engine | None = None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
     rounds = ticket.rounds if ticket else ()
@@ -281,14 +317,16 @@ def _run_one(
         MetricsFile(directory.metrics_path) as metrics,
         sinks.Sinks(log, directory.path, recipe, lambda text: show(Notice(text))) as others,
         Saver(directory, recipe, metrics) as saver,
-    ):
+        faults.told(compute.device, lambda: f"what was saved is kept; go on with: "
+                                            f"{_resume_command(directory, data_dir, log)}"),
+    ):  # fmt: skip
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
         collapsed: set[str] = set()
-        for event in find_tickets(recipe, source, compute, ticket=ticket, state=state):
+        for event in find_tickets(recipe, source, compute, ticket=ticket, state=state, engine=member):
             if line := record(event):
                 metrics.write(line)
                 others.write(line)
-            show(event)
+            show(Notice(event.text) if isinstance(event, Said) else event)
             if isinstance(event, RoundStarted) and ticket:
                 found = collapses(net_units(recipe, ticket.mask(event.round)))
                 for layer in sorted(found.keys() - collapsed):  # once, not in every round from here on

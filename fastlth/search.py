@@ -68,26 +68,33 @@ class RoundFinished:
     """copies the weights as the round left them; call it before the next event"""
 
 
-Event = RoundStarted | InRound | RoundFinished
+@dataclass(frozen=True)
+class Said:
+    """Something that the engine had to do otherwise; the search goes on."""
+
+    text: str
+
+
+Event = RoundStarted | InRound | RoundFinished | Said
 
 
 def find_tickets(
     recipe: Recipe, source: Source | None = None, compute: ComputeSection | None = None,
-    *, ticket: Ticket | None = None, state: State | None = None,
+    *, ticket: Ticket | None = None, state: State | None = None, engine: Engine | None = None,
     model: str | Callable[..., Any] | None = None, data: str | Callable[..., Any] | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Search to the recipe's last round, or to its target density.
 
     ``source`` is the recipe's data set, loaded where not given; ``compute`` is the recipe's section without ``auto``,
     resolved where not given. With ``ticket`` (and ``state``, if a round was under way) the search goes on from there,
-    bit for bit as if never stopped. ``model`` and ``data`` take the place of the recipe's, as in ``run``. Raises
-    DivergedError if a loss is not finite.
+    bit for bit as if never stopped. ``engine`` is one made already for this recipe and ``compute``; ``model`` and
+    ``data`` take the place of the recipe's, as in ``run``. Raises DivergedError if a loss is not finite.
     """
     recipe = with_own(recipe, model, data)
     images = source or load_for(recipe.data)
     compute = compute or resolve(recipe, lambda candidate: make_engine(candidate, images)).compute
     settled = dataclasses.replace(recipe, compute=compute)
-    engine = make_engine(settled, images)
+    engine = engine or make_engine(settled, images)
     weights = {n: engine.weights()[n] for n in engine.weight_names}
     numbers = {n: i for i, n in enumerate(weights)}
     all_weights = sum(w.numel() for w in weights.values())
@@ -127,11 +134,13 @@ def find_tickets(
         unpruned = all_weights - sum(w.numel() for w in prunable.values())
         density = (kept + unpruned) / all_weights
         yield RoundStarted(round, kept, all_weights - unpruned, density, progress.iteration)
+        yield from _said(engine)
 
         for event in _training(engine, recipe, progress, round, bird):
             if round == 0 and recipe.prune.rewind_to and event == ChunkDone(recipe.prune.rewind_to):
                 rewind = _arrays(engine.weights())
             yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, rewind, bird))
+            yield from _said(engine)
 
         initial = start if round else _tensors(rewind)  # theta_k also where round 0 began earlier
         new = prune(recipe.prune, masks, initial, engine.weights(), numbers=numbers, round=round + 1, key=key,
@@ -177,6 +186,11 @@ def winning_round(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> int | No
         if mean(accuracy, k) >= mean(accuracy, 0) and mean(iteration, k) <= mean(iteration, 0)
     ]
     return max(winners, default=None)
+
+
+def _said(engine: Engine) -> Iterator[Said]:
+    while engine.said:
+        yield Said(engine.said.pop(0))
 
 
 def _training(

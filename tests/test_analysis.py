@@ -236,7 +236,7 @@ def test_every_round_leaves_one_line_per_layer(tmp_path):
     loaded = fastlth.load_ticket(search.ticket)
     written = lines(search)
     assert [(x["event"], x["round"]) for x in written] == [
-        (e, k) for k in range(3) for e in ("evaluation", "round", *["layer"] * 5)
+        (e, k) for k in range(3) for e in ("evaluation", "round", *["layer"] * 5, "work")
     ]
     assert_documented(written)
     for line in (x for x in written if x["event"] == "layer"):

@@ -142,7 +142,7 @@ RULES = [
     ("compute__compile", "yes", "unknown compute.compile 'yes'; choose one of: auto, on, off"),
     ("compute__channels_last", "1", "unknown compute.channels_last '1'; choose one of: auto, on, off"),
     ("compute__loader", "torch", "unknown compute.loader 'torch'; choose one of: auto, resident, ffcv"),
-    ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense, sparse"),
+    ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense, sparse, graph"),
     ("compute__kernels", "cuda", "unknown compute.kernels 'cuda'; choose one of: auto, torch, triton"),
     ("compute__break_even", 1.5, "compute.break_even must be in 0 to 1, or -1 to have it measured, got 1.5"),
     ("compute__shifted", ["auto", "conv1.weight"],
@@ -327,7 +327,7 @@ OTHER: dict[str, Any] = {
     "seeds.dropout": 1, "seeds.branch": 1,
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
-    "compute.kernels": "torch",
+    "compute.kernels": "torch", "compute.deterministic": True,
     "compute.break_even": 0.5, "compute.shifted": ["conv1.weight"], "compute.kept": {"fc1": 0.5},
     "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip

@@ -9,6 +9,7 @@ import dataclasses
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from fastlth.recipe import Recipe
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.store import codec
 from fastlth.store.ticket import EncodedTheta, removed_per_round
+from fastlth.training.engines.base import Engine
 from fastlth.training.engines.dense import DenseEngine
+from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
 
 FIXED = {"compute.device": "cpu", "compute.compile": "off", "compute.precision": "fp32", "compute.loader": "resident",
@@ -40,6 +43,9 @@ def measure() -> dict[str, int]:
     for model, dataset in STEPS:
         recipe = compose(model, dataset, settings={**FIXED, "data.validation": 64}).recipe
         found |= {f"step {model} {name}": n for name, n in step(recipe).items()}
+        compute = dataclasses.replace(recipe.compute, engine="graph", precision="bf16", channels_last="on")
+        graph = dataclasses.replace(recipe, compute=compute)
+        found |= {f"graph step {model} {name}": n for name, n in step(graph).items()}
     found |= {f"twenty rounds {name}": n for name, n in twenty_rounds().items()}
     found |= {f"ticket {name}": n for name, n in ticket_bytes().items()}
     found["modules imported by --help"] = help_modules()
@@ -50,19 +56,26 @@ def step(recipe: Recipe) -> dict[str, int]:
     """Of one training step with masks: dispatched operations, optimizer launches, host reads, FLOPs, bytes touched."""
     source = random_source(recipe.data.name, images=recipe.data.validation + recipe.train.batch_size)
     engine = make_engine(recipe, source)
-    assert isinstance(engine, DenseEngine)
     engine.set_masks(masks_of_round(recipe, 1)[0])
-    batch = next(iter(engine._loader.batches(0, 1)))
+    call = _step_of(engine, recipe.train.batch_size)
     host_reads = 0
     seen = _Seen()
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as flops, seen:
         try:
-            engine._step(Batch(batch.images, batch.labels, batch.epoch, batch.position))
+            call()
         except DataDependentOutputException:
             host_reads = 1
-    launches = sum(n for name, n in seen.operations.items() if "_fused_" in name)
+    launches = sum(n for name, n in seen.operations.items() if "_fused_" in name or "masked_step" in name)
     return {"operations": seen.operations.total(), "optimizer launches": launches, "host reads": host_reads,
             "FLOPs": int(flops.get_total_flops()), "bytes": seen.bytes}  # fmt: skip
+
+
+def _step_of(engine: Engine, size: int) -> Callable[[], object]:
+    if isinstance(engine, GraphEngine):
+        return lambda: engine.train_step(size)
+    assert isinstance(engine, DenseEngine)
+    batch = next(iter(engine._loader.batches(0, 1)))
+    return lambda: engine._step(Batch(batch.images, batch.labels, batch.epoch, batch.position))
 
 
 class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -75,7 +88,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and not func.is_view and "aten.detach" not in str(func):
+        if func.namespace in ("aten", "fastlth") and not func.is_view and "aten.detach" not in str(func):
             self.operations[str(func)] += 1
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)

@@ -62,8 +62,9 @@ def find_ticket(
     precision: Annotated[str | None, Opt(help="auto, fp32 or bf16")] = None,
     compile: Annotated[str | None, Opt(help="auto, on or off: torch.compile")] = None,
     loader: Annotated[str | None, Opt(help="auto, resident or ffcv")] = None,
-    engine: Annotated[str | None, Opt(help="auto, dense or sparse")] = None,
+    engine: Annotated[str | None, Opt(help="auto, dense, sparse (CPU) or graph (CUDA)")] = None,
     kernels: Annotated[str | None, Opt(help="auto, torch or triton (masked kernels, CUDA only)")] = None,
+    deterministic: Annotated[bool, Opt("--deterministic", help="On CUDA: the same bits every time, slower.")] = False,
     theta0: Annotated[str | None, Opt(help="stored, or seed: keep only the seed of theta0 in the ticket.")] = None,
     keep_weights: Annotated[str | None, Opt(help="none, last or all: keep trained weights (default: none)")] = None,
     save_every: Annotated[str | None, Opt(help="Time between saves inside a round (default: 60s)")] = None,
@@ -91,6 +92,7 @@ def find_ticket(
         "train.optimizer": optimizer, "train.momentum": momentum, "model.dropout": dropout,
         "seeds.base": seed, "compute.device": device, "compute.precision": precision, "compute.compile": compile,
         "compute.loader": loader, "compute.engine": engine, "compute.kernels": kernels,
+        "compute.deterministic": True if deterministic else None,
         "store.theta0": theta0, "store.keep_weights": keep_weights, "store.save_every": seconds(save_every),
     })  # fmt: skip
     _no_rate(settings)

@@ -23,7 +23,7 @@ from fastlth.cli import (
     train,
     transfer,
 )
-from fastlth.errors import FastlthError
+from fastlth.errors import EnvironmentFailure, FastlthError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a bug, 2 wrong usage or recipe, 3 a regression found by bench --check, 4 data or ticket "
@@ -79,6 +79,14 @@ def main() -> None:
     except FastlthError as error:
         print(f"fastlth: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        # a device that failed outside of a search; torch is there if it was used
+        faults = sys.modules.get("fastlth.training.faults")
+        what = faults.reason(error) if faults else None
+        if what is None:
+            raise
+        print(f"fastlth: the device is {what}", file=sys.stderr)
+        sys.exit(EnvironmentFailure.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `fastlth runs | head`

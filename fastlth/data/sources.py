@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from fastlth.catalogue import dataset_name
@@ -131,8 +130,11 @@ def data_root(explicit: Path | None = None) -> Path:
     """The folder that holds the data sets: as told, else $FASTLTH_DATA, else the user's cache folder."""
     if explicit is not None:
         return explicit
-    told = os.environ.get("FASTLTH_DATA")
-    return Path(told).expanduser() if told else Path(platformdirs.user_cache_dir("fastlth")) / "data"
+    if told := os.environ.get("FASTLTH_DATA"):
+        return Path(told).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("fastlth")) / "data"
 
 
 def load(name: str, root: Path, download: bool = True, tables: Mapping[str, Files] = FILES) -> Source:

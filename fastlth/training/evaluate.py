@@ -27,17 +27,17 @@ def evaluate(
 ) -> Scores:
     """Scores of ``model`` in evaluation mode on pixels uint8 [N, H, W, C] and labels int64 [N], unaugmented.
 
-    Pixels are on the device of labels and table, or streamed to it. The model is left in training mode. One host
-    read, at the end.
+    ``table`` is on the model's device; images that are not are copied there batch by batch. The model is left in
+    training mode. One host read, at the end.
     """
     model.eval()
     device = table.device
     loss = torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, len(labels), batch):
-        target = labels[start : start + batch]
+        target = labels[start : start + batch].to(device)
         part = pixels[start : start + len(target)]
-        images = part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part)).to(device)
+        images = (part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))).to(device)
         x = normalise(images.permute(0, 3, 1, 2), table, torch.float32)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(x)

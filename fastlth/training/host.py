@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,6 +31,37 @@ def settings(threads: int) -> Iterator[None]:
             torch.set_flush_denormal(False)
         if threads != before:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def algorithms(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+    """On CUDA: convolutions by the algorithms that measure fastest, or, if ``deterministic``, everything by algorithms
+    that give the same bits every time. On other devices nothing: there these are one and the same.
+
+    torch warns of the few operations for which it knows none. Of these a net uses the gradient of max pooling, whose
+    additions meet no other where windows do not overlap, and kthvalue, whose value is the same whatever its index.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    elsewhere = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling: Any = torch.utils.deterministic
+    filled = filling.fill_uninitialized_memory
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+    try:
+        cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        filling.fill_uninitialized_memory = False
+        with torch.cuda.device(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*does not have a deterministic implementation")
+            yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+        torch.use_deterministic_algorithms(elsewhere[0], warn_only=elsewhere[1])
+        filling.fill_uninitialized_memory = filled
 
 
 def flushes_denormals() -> bool:

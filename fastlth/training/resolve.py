@@ -29,7 +29,7 @@ from fastlth.models import skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.training import break_even, host, kept, shifted
-from fastlth.training.engines import sparse
+from fastlth.training.engines import graph, sparse
 from fastlth.training.engines.base import Engine
 
 MakeEngine = Callable[[Recipe], Engine]
@@ -108,9 +108,11 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
         channels_last=asked.channels_last if asked.channels_last != "auto" else _channels_last(recipe),
     )  # fmt: skip
     kept.check(dataclasses.replace(recipe, compute=fixed))
-    chosen = None
-    if engine(recipe) != "dense":
+    chosen, wanted = None, engine(recipe)
+    if fixed.device == "cpu" and wanted in ("auto", "sparse"):
         chosen = _sparse(recipe, fixed, make_engine, rates)
+    elif wanted != "dense":
+        fixed = _graph(recipe, fixed, make_engine, rates)
     if chosen is None:
         chosen = _dense(recipe, fixed, make_engine, rates)
     return Resolved(chosen, {name: round(rate, 1) for name, rate in rates.items()})
@@ -120,10 +122,27 @@ def engine(recipe: Recipe) -> str:
     """The engine asked for, or "auto" where more than one could train the recipe. Raises RecipeError if the one
     asked for cannot, DeviceError where the device is not there."""
     asked, where = recipe.compute.engine, device(recipe.compute.device)
-    reason = f"the device is {where}" if where != "cpu" else sparse.unsupported(recipe) if asked != "dense" else None
-    if asked == "sparse" and reason:
-        raise RecipeError(f"--engine sparse cannot train this: {reason}; use --engine auto or dense")
+    if asked == "dense":
+        return asked
+    if asked == "graph" or (asked == "auto" and where.startswith("cuda")):
+        reason = graph.unsupported(recipe)
+    else:
+        reason = f"the device is {where}" if where != "cpu" else sparse.unsupported(recipe)
+    if asked != "auto" and reason:
+        raise RecipeError(f"--engine {asked} cannot train this: {reason}; use --engine auto or dense")
     return "dense" if reason else asked
+
+
+def _graph(
+    recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates: dict[str, float]
+) -> ComputeSection:  # fmt: skip
+    """``fixed`` with the graph engine, unless it was not asked for and the dense one is faster."""
+    graphed = dataclasses.replace(fixed, engine="graph", channels_last=_channels_last(recipe))
+    if recipe.compute.engine == "graph":
+        return graphed
+    measured = _measure(recipe, [fixed, graphed], make_engine)
+    rates |= {_label(c): rate for c, rate in measured.items()}
+    return max(measured, key=lambda c: measured[c])
 
 
 def _sparse(
@@ -164,7 +183,7 @@ def _break_even(recipe: Recipe, compute: ComputeSection, make_engine: MakeEngine
 
 
 def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates: dict[str, float]) -> ComputeSection:
-    """The dense engine with the fastest of the threads, precisions and compilation that were left open."""
+    """The engine of ``fixed`` with the fastest of the threads, precisions and compilation that were left open."""
     asked, chosen = recipe.compute, fixed
     if fixed.device == "cpu" and not asked.threads and fixed.threads > 1:
         alone = dataclasses.replace(chosen, threads=1)
@@ -179,7 +198,7 @@ def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates
         rates |= {_label(c): rate for c, rate in measured.items()}
         if measured[candidate] > BF16_GAIN * measured[chosen]:
             chosen = candidate
-    if asked.shifted == ("auto",) and asked.compile != "on":
+    if asked.shifted == ("auto",) and asked.compile != "on" and fixed.engine == "dense":
         chosen = dataclasses.replace(chosen, shifted=_shifted(recipe, chosen))
     tries_kept = asked.engine == "auto" and not asked.kept and not kept.unsupported(recipe, chosen)
     tries_compiled = asked.compile == "auto" and not asked.kept
@@ -230,7 +249,7 @@ def _shifted(recipe: Recipe, compute: ComputeSection) -> tuple[str, ...]:
 
 
 def _label(compute: ComputeSection) -> str:
-    engine = "sparse, " if compute.engine == "sparse" else ""
+    engine = f"{compute.engine}, " if compute.engine != "dense" else ""
     plural = "s" if compute.threads > 1 else ""
     compiled = ", compiled" if compute.compile == "on" else ""
     kept = ", kept weights in the middle of the search" if compute.kept else ""

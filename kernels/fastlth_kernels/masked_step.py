@@ -3,7 +3,8 @@
     g += decay w;   m, v = moments of g;   w -= lr update(m, v);   w, m, v = where(kept, ..., 0);   copy = bf16(w)
 
 SGD (momentum, Nesterov), Adam and AdamW as in torch.optim, without dampening, amsgrad and maximize. A pruned weight
-and its state become +0.0 whatever its gradient says, NaN included. fp32 weights and state, fp32 or bf16 gradients.
+and its state become +0.0 whatever its gradient says, NaN included. fp32 weights and state, fp32 or bf16 gradients; the
+reference also takes float64 for fp32 throughout.
 SGD with momentum reads and writes 20 bytes per weight plus one bit, a bf16 copy 2 more; the same step as a sequence of
 PyTorch calls 72.
 
@@ -31,16 +32,16 @@ _COLUMNS = 9  # weight, grad, first, second, copy, bits: addresses, 0 where ther
 
 def step_settings(
     lr: float, *, weight_decay: float = 0.0, momentum: float = 0.0, betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8, device: torch.device | str = "cpu",
+    eps: float = 1e-8, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # fmt: skip
-    """The settings of ``masked_step``, float32 [11]: write ``[LR]`` and ``[DECAY]`` at any time; ``[STEPS]`` counts
-    the steps of Adam and is 0 for a fresh optimizer. 1 - beta and log(beta) are held beside beta, because in
-    float32 1 - 0.999 would be wrong in the fifth digit."""
+    """The settings of ``masked_step``, [11] of the weights' dtype: write ``[LR]`` and ``[DECAY]`` at any time;
+    ``[STEPS]`` counts the steps of Adam and is 0 for a fresh optimizer. 1 - beta and log(beta) are held beside beta,
+    because in float32 1 - 0.999 would be wrong in the fifth digit."""
     values = [lr, weight_decay, momentum]
     for beta in betas:
         values += [beta, 1 - beta, math.log(beta) if beta > 0 else -1e30]
     values += [eps, 0.0]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _reference(
@@ -50,7 +51,7 @@ def _reference(
 ) -> None:  # fmt: skip
     lr, decay, momentum, _, rest1, log1, b2, rest2, log2, eps, steps = settings.unbind()
     for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
-        g = grad.float()
+        g = grad.to(w.dtype)
         if optimizer != "adamw":
             g = g + decay * w
         if optimizer == "sgd":
@@ -211,10 +212,11 @@ def _check(
     for name, group in (("first moments", first), ("second moments", second), ("copies", copies)):
         if len(group) not in (0, len(weights)):
             raise ValueError(f"{len(group)} {name} for {len(weights)} weights: one each, or none at all")
+    wide = torch.float64 if _exact(weights) else torch.float32
     for i, w in enumerate(weights):
         for name, group, dtypes in (
-            ("weight", weights, (torch.float32,)), ("gradient", grads, (torch.float32, torch.bfloat16)),
-            ("first moment", first, (torch.float32,)), ("second moment", second, (torch.float32,)),
+            ("weight", weights, (wide,)), ("gradient", grads, (wide, torch.bfloat16)),
+            ("first moment", first, (wide,)), ("second moment", second, (wide,)),
             ("copy", copies, (torch.bfloat16,)),
         ):  # fmt: skip
             if group and (group[i].dtype not in dtypes or group[i].shape != w.shape or not group[i].is_contiguous()):
@@ -229,6 +231,11 @@ def _check(
             raise ValueError(f"mask {i} is {shapes}")
         if w.numel() >= 2**31 - BLOCK:
             raise ValueError(f"weight {i} has {w.numel()} elements; a step takes fewer than 2^31")
+
+
+def _exact(weights: Sequence[Tensor]) -> bool:
+    """Whether the step is made in float64, which is the reference's alone."""
+    return weights[0].dtype == torch.float64 and not on_gpu(weights[0])
 
 
 def _launch(

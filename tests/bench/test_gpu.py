@@ -58,6 +58,31 @@ def test_a_variant_that_fails_is_named_and_the_others_are_timed(tmp_path):
     assert set(medians) == {"ours"} and ledger.left_out == ["any naive: RuntimeError out of memory"]
 
 
+PARTS = {"invariants": None, "steps": {"peak", "step"}, "profile": {"profile"},
+         "lenet": {"replicates", "round", "search", "searches"}, "vgg": {"round", "search"}}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_runs_dry_and_goes_on(part, tmp_path):
+    words = [part, "--out", str(tmp_path), "--dry-run", "--minutes", "1"]  # too short to compile anything
+    assert gpu.main(words) == 0
+    found = json.loads((tmp_path / f"{part}.json").read_text())
+    assert found["dry_run"] and all(check["passed"] for check in found["checks"])
+    if PARTS[part] is None:
+        assert len(found["checks"]) > 20
+        return
+    assert {row["subject"] for row in found["rows"]} == PARTS[part]
+    assert not [name for name in found["left_out"] if ":" in name], found["left_out"]
+    assert gpu.main(words) == 0
+    assert json.loads((tmp_path / f"{part}.json").read_text())["rows"] == found["rows"]  # nothing is measured twice
+
+
+@pytest.mark.gpu
+def test_invariants_on_the_device(tmp_path):
+    assert gpu.main(["invariants", "--out", str(tmp_path)]) == 0
+
+
 def test_nan_is_the_largest_error():
     assert math.isnan(gpu_kernels._largest(0.5, float("nan"), 0.1))
 

@@ -186,7 +186,7 @@ def test_training_flushes_denormals_and_gives_the_process_its_arithmetic_back():
 
 def test_both_loaders_train_the_same_bits(tmp_path, monkeypatch):
     pytest.importorskip("ffcv", reason="FFCV is optional")
-    monkeypatch.setattr("fastlth.training.engines.make.user_cache_dir", lambda _: str(tmp_path))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda _: str(tmp_path))
     recipe = small_recipe("conv-2", "cifar-10", data__augment="flip-crop", train__batch_size=16)
     weights = []
     for loader in ("resident", "ffcv"):

@@ -32,6 +32,9 @@ class Engine(Protocol):
     prunable: list[str]
     """those of them that the recipe prunes"""
 
+    said: list[str]
+    """what a person should know, a line each; whoever tells them empties it"""
+
     @property
     def layers(self) -> dict[str, str]:
         """How each layer with weights runs: "dense", or "kept" where only its kept weights are touched."""

@@ -5,6 +5,9 @@ On a CPU, layers that ``recipe.compute.kept`` names leave it in the rounds where
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,11 +15,12 @@ from torch import Tensor, nn
 from fastlth import masks as mask_tools
 from fastlth.data.loader import Loader
 from fastlth.data.normalise import table
+from fastlth.data.resident import ResidentLoader
 from fastlth.data.sources import Images
 from fastlth.models import build, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
-from fastlth.training import host
+from fastlth.training import faults, host
 from fastlth.training.engines.base import Chunk, Tensors
 from fastlth.training.evaluate import Scores, evaluate
 from fastlth.training.kept import KeptLayers
@@ -39,6 +43,8 @@ class DenseEngine:
         compute = recipe.compute
         self._device = torch.device(compute.device)
         self._recipe, self._loader = recipe, loader
+        self.said: list[str] = []
+        self._evaluation_batch = EVALUATION_BATCH
         self.model = (build(recipe) if net is None else net).to(self._device).train()
         if compute.channels_last == "on":
             self.model.to(memory_format=torch.channels_last)
@@ -66,9 +72,10 @@ class DenseEngine:
             precision=compute.precision, compiled=compute.compile == "on",
             reseed=recipe.seeds.key("dropout") if recipe.model.own else None,
         )  # fmt: skip
+        kept_on = self._device if isinstance(loader, ResidentLoader) else torch.device("cpu")
         self._splits = {
-            name: (s.pixels if s.name else torch.from_numpy(np.asarray(s.pixels)).to(self._device),
-                   torch.from_numpy(s.labels).to(self._device))
+            name: (s.pixels if s.name else torch.from_numpy(np.asarray(s.pixels)).to(kept_on),
+                   torch.from_numpy(s.labels).to(kept_on))
             for name, s in splits.items()
         }
         # One row per step since the last evaluation: mean loss, hits, images. Summed in one go when they are
@@ -87,7 +94,7 @@ class DenseEngine:
         """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""
         train, schedule, row = self._recipe.train, self._recipe.schedule, int(self._filled)
         begin = row
-        with host.settings(self._recipe.compute.threads):
+        with self._settings():
             for iteration, batch in zip(range(first, last), self._loader.batches(first, last), strict=True):
                 self._optimizer.lr.fill_(lr_at(iteration, train.lr, schedule))
                 self._losses[row], self._hits[row] = self._step(batch)
@@ -137,9 +144,27 @@ class DenseEngine:
     def evaluate(self, split: str, images: int | None = None) -> Scores:
         pixels, labels = self._splits[split]
         labels = labels[:images]
-        with host.settings(self._recipe.compute.threads):
-            return evaluate(self.model, pixels, labels, self._table,
-                            precision=self._recipe.compute.precision, batch=EVALUATION_BATCH)  # fmt: skip
+        asked = self._evaluation_batch
+        while True:
+            try:
+                with self._settings():
+                    precision = self._recipe.compute.precision
+                    scores = evaluate(self.model, pixels, labels, self._table,
+                                      precision=precision, batch=self._evaluation_batch)  # fmt: skip
+                break
+            except torch.OutOfMemoryError:
+                if self._evaluation_batch == 1:
+                    raise
+            self._evaluation_batch //= 2  # here, and not in the handler, what the failed attempt held is free
+        if self._evaluation_batch < asked:
+            self.said.append(faults.smaller_evaluation(self._device, asked, self._evaluation_batch))
+        return scores
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        compute = self._recipe.compute
+        with host.settings(compute.threads), host.algorithms(self._device, deterministic=compute.deterministic):
+            yield
 
     def weights(self) -> dict[str, Tensor]:
         self._kept.write_back()

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from platformdirs import user_cache_dir
 
 from fastlth.data.ffcv import FfcvLoader
 from fastlth.data.loader import Loader
 from fastlth.data.order import Order, split
 from fastlth.data.resident import ResidentLoader
 from fastlth.data.sources import Images, Rows, Source
+from fastlth.data.streamed import StreamedLoader
 from fastlth.recipe import Recipe
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.dense import DenseEngine
+from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.sparse import SparseEngine
 
 
 def make_engine(recipe: Recipe, source: Source) -> Engine:
-    """The engine of a recipe whose compute section holds no ``auto``."""
+    """The engine of a recipe whose compute section holds no ``auto``.
+
+    Where the device has no room for it the images stay in host memory, and ``said`` tells so.
+    Raises torch.OutOfMemoryError where that does not help.
+    """
+    try:
+        return _make(recipe, source)
+    except torch.OutOfMemoryError:
+        if recipe.compute.loader != "resident":
+            raise
+    torch.cuda.empty_cache()  # not in the handler, where the failed engine still lives
+    engine = _streamed(recipe, source)
+    before = "the graph engine and " if recipe.compute.engine == "graph" else ""
+    engine.said.append(f"{recipe.compute.device} has not memory enough for {before}the data set: the dense engine "
+                       "trains, and images are copied batch by batch")  # fmt: skip
+    return engine
+
+
+def _streamed(recipe: Recipe, source: Source) -> DenseEngine:
+    splits = make_splits(recipe, source)
+    order, device = make_order(recipe, len(splits["train"].labels)), torch.device(recipe.compute.device)
+    loader = StreamedLoader(splits["train"], np.arange(order.images), order, device)
+    dense = dataclasses.replace(recipe.compute, engine="dense")
+    return DenseEngine(dataclasses.replace(recipe, compute=dense), loader, splits)
+
+
+def _make(recipe: Recipe, source: Source) -> Engine:
     splits = make_splits(recipe, source)
     if recipe.compute.engine == "sparse":
         return SparseEngine(recipe, make_order(recipe, len(splits["train"].labels)), splits)
+    if recipe.compute.engine == "graph":
+        return GraphEngine(recipe, make_order(recipe, len(splits["train"].labels)), splits)
     return DenseEngine(recipe, make_loader(recipe, source), splits)
 
 
@@ -54,7 +84,9 @@ def make_splits(recipe: Recipe, source: Source) -> dict[str, Images]:
 
 def beton_folder() -> Path:
     """Where FFCV's files lie: a cache, since the data folder may be read-only."""
-    return Path(user_cache_dir("fastlth")) / "beton"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("fastlth")) / "beton"
 
 
 def _subset(images: Images, indices: NDArray[np.int64]) -> Images:

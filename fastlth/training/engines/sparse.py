@@ -75,6 +75,7 @@ class SparseEngine:
         from fastlth_kernels import mlp_cpu  # imports numba
 
         self._recipe, self._order, self._mlp = recipe, order, mlp_cpu
+        self.said: list[str] = []
         model = build(recipe)
         self.weight_names = weight_names(model)
         self.prunable = list(layer_rates(self.weight_names, recipe.prune))

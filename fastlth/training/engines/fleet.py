@@ -1,0 +1,291 @@
+"""The fleet: R replicates of a fully connected net trained as one, by batched products in one graph.
+
+A single LeNet's step is a dozen launches that keep a GPU busy for a microsecond each; R of them take as many launches
+and hardly more time. Each replicate has its own theta0, masks, split and order, by its own seed, and its own engine to
+talk to (``Member``), so that R searches run as R searches do. They go in step: a stretch of steps is made when all
+replicates have asked for it, and ends where the first of them wants to stop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastlth_kernels.bitmask import pack
+from fastlth_kernels.masked_linear import masked_linear
+from torch import Tensor, nn
+
+from fastlth.data.loader import on_device
+from fastlth.data.normalise import table
+from fastlth.data.order import Order, split
+from fastlth.data.sources import Images, Source
+from fastlth.models import build, skeleton
+from fastlth.recipe import Recipe
+from fastlth.training.engines import graph
+from fastlth.training.engines.base import Chunk, Tensors
+from fastlth.training.evaluate import Scores
+
+EVALUATION_BATCH = 1000  # images of each replicate
+
+
+def unsupported(recipe: Recipe) -> str | None:
+    """Why replicates of the recipe cannot be trained as one, as a clause; None if they can."""
+    kinds = [type(m) for m in skeleton(recipe).children()]
+    linear = kinds.count(nn.Linear)
+    if kinds != [nn.Flatten, *[nn.Linear, nn.ReLU] * (linear - 1), nn.Linear]:
+        return f"{recipe.model.name} is not a stack of fully connected layers with ReLU between them"
+    if recipe.data.augment != "none":
+        return f"data.augment is {recipe.data.augment}"
+    if recipe.prune.early_bird:
+        return "prune.early_bird ends the rounds of replicates at different times"
+    return graph.unsupported(recipe)
+
+
+class BatchedLinear(nn.Module):
+    """y[r] = x[r] W[r]^T + b[r]: x [R, B, K], y [R, B, N]. With ``bits`` the weights are masked as they are read."""
+
+    def __init__(self, layers: Sequence[nn.Linear], masked: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([m.weight.detach() for m in layers]))
+        self.bias = nn.Parameter(torch.stack([m.bias.detach() for m in layers]))
+        whole = torch.ones(self.weight.shape, dtype=torch.bool)
+        self.register_buffer("bits", pack(whole) if masked else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits is not None:
+            y: Tensor = masked_linear(x, self.weight, self.bits, self.bias)
+            return y
+        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+
+
+class Fleet(graph.GraphEngine):
+    """``recipes`` differ in their base seed alone, and their compute section is resolved."""
+
+    def __init__(self, recipes: Sequence[Recipe], source: Source, *, dtype: torch.dtype = torch.float32) -> None:
+        self._recipes, self._source, count = recipes, source, len(recipes)
+        splits = [split(len(source.train.labels), r.data.validation, r.seeds.key("split")) for r in recipes]
+        self._own_orders = [Order(len(kept), r.train.batch_size, r.train.drop_last, r.seeds.key("order"))
+                            for r, (kept, _) in zip(recipes, splits, strict=True)]  # fmt: skip
+        self._kept = np.stack([kept for kept, _ in splits]).astype(np.int32)  # [R, images]: places in the data set
+        self._held_out = np.stack([held_out for _, held_out in splits]).astype(np.int32)
+        self.turn = threading.Condition()
+        self._wants: dict[int, list[int]] = {}  # replicate -> [next iteration, end]
+        self._live = set(range(count))
+        self._first_bad: list[int | None] = [None] * count
+        self._scores: dict[tuple[str, int | None], list[Scores]] = {}
+        super().__init__(recipes[0], self._own_orders[0], {"train": source.train, "test": source.test}, dtype=dtype)
+        self.members = [Member(self, r) for r in range(count)]
+
+    def _build(self) -> nn.Module:
+        nets = [build(r) for r in self._recipes]
+        masked = self._recipe.compute.kernels == "triton"
+        layers = nn.Sequential()
+        for name, module in nets[0].named_children():
+            if isinstance(module, nn.Linear):
+                layers.add_module(name, BatchedLinear([n.get_submodule(name) for n in nets], masked))  # type: ignore[misc]
+            elif isinstance(module, nn.ReLU):
+                layers.add_module(name, nn.ReLU())
+        return layers
+
+    def _load_images(self, splits: dict[str, Images]) -> None:
+        """Rows of a replicate's own images in the tensor of all, [R, images] for each split."""
+        source, count, data = self._source, len(self._recipes), self._recipe.data
+        self._pixels = torch.from_numpy(np.concatenate([source.train.pixels, source.test.pixels])).to(self.device)
+        self._labels = torch.from_numpy(np.concatenate([source.train.labels, source.test.labels])).to(self.device)
+        test = np.arange(len(source.test.labels), dtype=np.int32) + len(source.train.labels)
+        rows = {"train": self._kept, "validation": self._held_out, "test": np.tile(test, (count, 1))}
+        self._sizes = {name: r.shape[1] for name, r in rows.items()}
+        ends = np.cumsum([0, *self._sizes.values()]).tolist()
+        self._begins = dict(zip(self._sizes, ends, strict=False))
+        self._places = torch.from_numpy(np.concatenate(list(rows.values()), 1)).to(self.device)
+        self._table = table(data.name, data.normalise).to(self.device)
+
+    def _make_counters(self) -> None:
+        super()._make_counters()
+        count, every, images = len(self._recipes), self._recipe.evaluate.every, self._order.images
+        self.evaluation_batch = min(EVALUATION_BATCH, max(self._sizes.values()))
+        epochs = -(-self._recipe.train.iterations // self._order.iterations_per_epoch)
+        slots = max(1, min(epochs, graph.ORDER_BYTES // (4 * images * count)))
+        self._orders = torch.zeros(slots, count, images, dtype=torch.int32, device=self.device)
+        self._epoch_in = [None] * slots
+        self._lanes = (torch.arange(count, device=self.device) * images)[:, None]
+        self._losses = torch.zeros(every, count, dtype=torch.float32, device=self.device)
+        self._hits = torch.zeros(every, count, dtype=torch.int64, device=self.device)
+        self._totals = torch.zeros(2, count, dtype=torch.float64, device=self.device)
+
+    def _upload(self, slot: int, epoch: int) -> None:
+        rows = np.stack([kept[order.epoch(epoch)] for kept, order in zip(self._kept, self._own_orders, strict=True)])
+        self._orders[slot].copy_(on_device(torch.from_numpy(rows), self.device))
+
+    # The step
+
+    def _images_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [R, B] -> images [R, B, K] and labels [R * B]."""
+        images, labels = self._batch(rows.reshape(-1), self._zero, self._zero, "none")
+        return images.reshape(*rows.shape, -1), labels
+
+    def _train_batch(self, size: int) -> tuple[Tensor, Tensor]:
+        index = self._lanes + (self._span[:size] + self._at[graph.ORDER])
+        return self._images_of(self._orders.view(-1).index_select(0, index.view(-1)).view(index.shape))
+
+    def _evaluation_batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._images_of(self._places.index_select(1, rows))
+
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses, hits = self._forward_each(images, labels)
+        return losses.mean(1), hits.sum(1)
+
+    def _forward_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(images).flatten(0, 1)
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        shape = images.shape[:2]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return losses.view(shape), (logits.argmax(1) == labels).view(shape)
+
+    # What members ask for
+
+    def run_until(self, replicate: int, first: int, last: int) -> Chunk:
+        """Steps [first, last) of one replicate, made when all others have come to ``first``. If they cannot be made,
+        each replicate gets to know in its turn."""
+        with self.turn:
+            self._wants[replicate] = [first, last]
+            while True:
+                self._go_on()
+                if self._wants[replicate][0] >= last:
+                    break
+                self.turn.wait()
+            del self._wants[replicate]
+            bad, self._first_bad[replicate] = self._first_bad[replicate], None
+            begin, end = (self._order.place(i) for i in (first, last))
+            images = (end[0] - begin[0]) * self._images_per_epoch() + end[1] - begin[1]
+        return Chunk(images, bad)
+
+    def _images_per_epoch(self) -> int:
+        return min(self._order.images, self._order.iterations_per_epoch * self._order.batch_size)
+
+    def _go_on(self) -> None:
+        """Make the steps that all replicates are waiting for, if they are."""
+        waiting = {r: w for r, w in self._wants.items() if w[0] < w[1]}
+        if not waiting or set(waiting) != self._live:
+            return
+        at = {w[0] for w in waiting.values()}
+        assert len(at) == 1, f"replicates are out of step: they are at iterations {sorted(at)}"
+        begin, end = at.pop(), min(w[1] for w in waiting.values())
+        (before,) = {self.members[r].filled for r in waiting}
+        self._filled.fill_(before)
+        self._scores.clear()
+        self.advance(begin, end)
+        bad = (~self._losses[before : before + end - begin].isfinite()).cpu()
+        for r in waiting:
+            if self._first_bad[r] is None and bool(bad[:, r].any()):
+                self._first_bad[r] = begin + int(bad[:, r].nonzero()[0])
+            self._wants[r][0] = end
+            self.members[r].filled = before + end - begin
+        self.turn.notify_all()
+
+    def leave(self, replicate: int) -> None:
+        """The others no longer wait for it."""
+        with self.turn:
+            self._live.discard(replicate)
+            self._wants.pop(replicate, None)
+            self.turn.notify_all()  # whoever wakes up first goes on
+
+    def scores(self, replicate: int, split: str, images: int | None) -> Scores:
+        """Of all replicates at once: the others ask for the same, mostly."""
+        with self.turn:
+            if (split, images) not in self._scores:
+                self._scores[split, images] = self._evaluate_all(split, images)
+            return self._scores[split, images][replicate]
+
+    def forget_scores(self) -> None:
+        self._scores.clear()
+
+    @property
+    def record(self) -> dict[str, Tensor]:
+        """One row per step since the last evaluation: losses and hits [steps, R], images [steps]."""
+        return {"losses": self._losses, "hits": self._hits, "images": self._images}
+
+    def _evaluate_all(self, split: str, images: int | None) -> list[Scores]:
+        count = self._accumulate(split, images)
+        return [Scores(loss / count, hits / count) for loss, hits in self._totals.T.tolist()]
+
+
+class Member:
+    """One replicate as an engine of its own."""
+
+    name = "graph"
+
+    def __init__(self, fleet: Fleet, replicate: int) -> None:
+        self._fleet, self._r = fleet, replicate
+        self.weight_names, self.prunable, self.layers = fleet.weight_names, fleet.prunable, fleet.layers
+        self.said = fleet.said if replicate == 0 else []
+        self.filled = 0
+        """steps since the last ``interval`` or rewind"""
+
+    def rewind(self, start: Tensors) -> None:
+        fleet, r = self._fleet, self._r
+        with fleet.turn, torch.no_grad():
+            for name, weights in fleet.arena.weights.items():
+                weights[r].copy_(start[name])
+            for state in fleet.arena.state.values():
+                (state[r] if state.dim() else state).zero_()
+            fleet.arena.zero_pruned()
+            fleet.forget_scores()
+        self.filled = 0
+
+    def set_masks(self, masks: Tensors) -> None:
+        fleet, r = self._fleet, self._r
+        with fleet.turn, torch.no_grad():
+            for name, mask in masks.items():
+                words = pack(mask.to(fleet.device))
+                fleet.arena.bits[name][r].copy_(words)
+                layer = fleet.model.get_submodule(name.removesuffix(".weight"))
+                if isinstance(layer.bits, Tensor):
+                    layer.bits[r].copy_(words)
+            fleet.arena.zero_pruned()
+
+    def run(self, first: int, last: int) -> Chunk:
+        return self._fleet.run_until(self._r, first, last)
+
+    def interval(self) -> Scores:
+        fleet, rows = self._fleet, self.filled
+        self.filled = 0
+        with fleet.turn:
+            images = fleet.record["images"][:rows]
+            total = max(int(images.sum()), 1)
+            losses = fleet.record["losses"][:rows, self._r].cpu().double()
+            hits = int(fleet.record["hits"][:rows, self._r].sum())
+        return Scores(float((losses * images).sum()) / total, hits / total)
+
+    def evaluate(self, split: str, images: int | None = None) -> Scores:
+        return self._fleet.scores(self._r, split, images)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {n: t[self._r].detach() for n, t in self._fleet.arena.weights.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        fleet, r = self._fleet, self._r
+        record = {n: t[:, r] if t.dim() > 1 else t for n, t in fleet.record.items()}
+        return {
+            **{f"model/{n}": t for n, t in self.weights().items()},
+            **{f"optimizer/{n}": t[r] if t.dim() else t for n, t in fleet.arena.state.items()},
+            **{f"interval/{n}": t for n, t in record.items()}, "interval/filled": torch.tensor(self.filled),
+        }  # fmt: skip
+
+    def load_state(self, state: Tensors) -> None:
+        with self._fleet.turn, torch.no_grad():
+            for name, tensor in self.state().items():
+                tensor.copy_(state[name])
+            self._fleet.arena.refresh()
+            self._fleet.forget_scores()
+        self.filled = int(state["interval/filled"])
+
+    def __enter__(self) -> Member:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """This replicate is over; the others no longer wait for it."""
+        self._fleet.leave(self._r)

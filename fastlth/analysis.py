@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fastlth.catalogue import DATASETS
 from fastlth.models import skeleton, weight_names
 from fastlth.models.channels import STEP, Removable, links, removable, work_left
 from fastlth.recipe import Recipe
@@ -190,7 +189,7 @@ def removable_units(
     about paths (``net_units``)."""
     net = skeleton(recipe)
     chain = links(net)
-    if not chain or recipe.prune.mask_0 != "mask":
+    if not chain or recipe.model.own or recipe.prune.mask_0 != "mask":
         return None
     whole = {n: masks.get(n, np.ones(tuple(net.get_parameter(n).shape), bool)) for n in weight_names(net)}
     return removable(chain, whole, start)
@@ -198,7 +197,7 @@ def removable_units(
 
 def _work(recipe: Recipe, found: Mapping[str, Removable]) -> dict[str, float]:
     gone = {name: units.either for name, units in found.items()}
-    shape = DATASETS[recipe.data.name].shape
+    shape = recipe.data.facts.shape
     return {"work_left": work_left(skeleton(recipe), shape, gone),
             f"work_left_by_{STEP}": work_left(skeleton(recipe), shape, gone, STEP)}  # fmt: skip
 

@@ -52,10 +52,9 @@ def by_density(rows: Sequence[Row], file: Path) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, dict[float, float]]:
-    """Path -> density -> images/s, the median where it was timed against several; no row of a restless machine."""
+    """Path -> density -> images/s, the median where it was timed against several; restless rows only if all are."""
     found: dict[str, dict[float, list[float]]] = {}
-    for r in rows:
-        if r["ratio"] is not None:
-            found.setdefault(r["path"], {}).setdefault(r["density"], []).append(r["images_per_second"])
-            found.setdefault(r["against"], {}).setdefault(r["density"], []).append(r["against_images_per_second"])
+    for r in [r for r in rows if r["ratio"] is not None] or rows:
+        found.setdefault(r["path"], {}).setdefault(r["density"], []).append(r["images_per_second"])
+        found.setdefault(r["against"], {}).setdefault(r["density"], []).append(r["against_images_per_second"])
     return {path: {d: statistics.median(rates) for d, rates in points.items()} for path, points in found.items()}

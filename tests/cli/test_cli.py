@@ -75,7 +75,7 @@ def test_find_ticket_end_to_end(run, tmp_path):
     assert [(x["event"], x["round"], x.get("iteration")) for x in lines] == [
         (e, k, i)
         for k in range(3)
-        for e, i in (("evaluation", 10), ("evaluation", 20), ("round", None), *[("layer", None)] * 3)
+        for e, i in (("evaluation", 10), ("evaluation", 20), ("round", None), *[("layer", None)] * 3, ("work", None))
     ]
 
     again, out2, _ = run(*command)  # a finished run prints its result and trains nothing

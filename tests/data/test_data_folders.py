@@ -31,8 +31,7 @@ SHORT = {**CPU, "train.iterations": 6, "train.batch_size": 4, "train.lr": 1e-3, 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("platformdirs.user_cache_dir", "fastlth.training.engines.make.user_cache_dir"):
-        monkeypatch.setattr(name, lambda *_: str(tmp_path / "cache"))
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_: str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from fastlth.models import conv
 from fastlth.models.channels import links, removable, work_left
-from fastlth.models.lenet import lenet_300_100
+from fastlth.models.lenet import lenet
 from tests.helpers import half_masks
 
 SHAPE = (3, 8, 8)
 NETS = {
     "vgg": lambda: conv.vgg(((8, 8), (16, 16), (16,)), SHAPE, 10),
     "conv with biases": lambda: conv.conv_n(((8, 8),), SHAPE, 10),
-    "linear": lambda: lenet_300_100(SHAPE, 10),
+    "linear": lambda: lenet((300, 100), SHAPE, 10),
 }
 
 

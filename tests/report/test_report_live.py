@@ -20,7 +20,7 @@ def growing(searched, tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(source / "recipe.toml", folder)
     left = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
-    assert len(left) == 32  # four rounds of four evaluations, a result and a line for each of three layers
+    assert len(left) == 36  # four rounds of four evaluations, a result, a line for each of three layers, one of work
     slept = []
 
     def sleep(seconds):
@@ -43,7 +43,7 @@ def test_it_ends_with_the_run(growing, searched, terminal):
     folder, sleep, slept = growing
     out = io.StringIO()
     progress = live.follow(folder, Console(file=out, force_terminal=terminal, width=120), every=0.5, sleep=sleep)
-    assert progress.finished and len(slept) == 10 and set(slept) == {0.5}
+    assert progress.finished and len(slept) == 11 and set(slept) == {0.5}
     assert [{**r, "event": "round"} for r in searched.search.replicates[0].rounds] == list(progress.rounds)
     text = out.getvalue()
     for r in progress.rounds:

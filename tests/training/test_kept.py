@@ -303,7 +303,7 @@ def test_compiling_is_compared_in_the_middle_of_the_search(monkeypatch):
 
 def test_a_search_keeps_its_choice_and_its_bits_when_stopped(tmp_path, monkeypatch):
     source = random_source("digits")
-    monkeypatch.setattr(running, "load", lambda *_: source)
+    monkeypatch.setattr(running, "load_for", lambda *_: source)
     monkeypatch.setattr(resolve, "KEPT_WORTH_SECONDS", 0.0)
     monkeypatch.setattr(break_even, "break_evens", lambda *_, **__: {"conv2": 0.95, "fc1": 0.85})
     recipe = small_recipe(

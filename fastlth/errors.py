@@ -10,6 +10,7 @@
     ├── DivergedError            5   the loss became NaN or infinite
     ├── EnvironmentFailure       6   disk full, GPU lost: state saved as far as possible
     │   └── RunLockedError       6   the run is held by another process
+    ├── SomeFailed         1-6   of many tasks some failed; the code is the first one's
     └── Stopped          130/143/138 stopped by SIGINT, SIGTERM or SIGUSR1, and saved
 
 A message is one sentence: the value, what is allowed, what to do.
@@ -61,6 +62,14 @@ class EnvironmentFailure(FastlthError):
 
 class RunLockedError(EnvironmentFailure):
     pass
+
+
+class SomeFailed(FastlthError):
+    """Of many tasks some failed; the others are done."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Stopped(FastlthError):

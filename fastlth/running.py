@@ -7,11 +7,12 @@ every round        -> metrics, search.ticket
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,9 @@ from fastlth.training.engines.base import Engine
 from fastlth.training.engines.fleet import Member
 from fastlth.training.engines.make import make_engine
 from fastlth.training.kept import check as check_kept
+from fastlth.training.parallel import lead
+from fastlth.training.parallel import team as parallel
+from fastlth.training.parallel.team import Team
 from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
@@ -157,6 +161,7 @@ def run(
     fresh: bool = False, log: Sequence[str] = (), show: Show = lambda _: None,
     stopped: Callable[[], int | None] = lambda: None, resolved: Mapping[str, Any] | None = None,
     model: str | Callable[..., Any] | None = None, data: str | Callable[..., Any] | None = None,
+    team: Team | None = None,
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
@@ -166,10 +171,11 @@ def run(
     places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
     step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
     ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet. ``model`` and ``data``
-    take the place of the recipe's: functions, or their names (docs/own-nets.md).
+    take the place of the recipe's: functions, or their names (docs/own-nets.md). ``team`` is what ``processes`` gives:
+    with it they train each net together.
     """
     recipe = with_own(recipe, model, data)
-    check(recipe)
+    check(recipe, team)
     log = sinks.check(log)
     source = load_for(recipe.data, data_dir)
     seeds = [dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r) for r in range(replicates)]
@@ -177,15 +183,17 @@ def run(
         directories = [
             opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
         ]
-        together = _together(directories, source, resolved) if replicates > 1 else 1
-        members = _fleet(directories, source, resolved, show) if replicates > 1 and together == 1 else {}
+        many = replicates > 1 and team is None
+        together = _together(directories, source, resolved) if many else 1
+        members = _fleet(directories, source, resolved, show) if many and together == 1 else {}
         together = max(together, len(members))
 
         def task(r: int, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
             settled = next((d.resolved for d in directories if d.resolved), resolved)
             one = directories[r]
             with members[r] if r in members else nullcontext() as member:
-                return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir, member)
+                return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir,
+                                member, team)  # fmt: skip
 
         if together == 1:
             return Search(recipe, tuple(task(r, show, stopped) for r in range(replicates)))
@@ -254,13 +262,30 @@ def in_one_step(recipe: Recipe, density: float) -> Recipe:
     return dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rate=rate))
 
 
-def check(recipe: Recipe) -> None:
+@contextlib.contextmanager
+def processes(data_dir: str | Path | None = None) -> Iterator[Team | None]:
+    """The processes that torchrun started, None where it did not. The body runs in the first of them, which hands the
+    team to ``run`` or ``resume``; in the others it does not run: they train along and leave by SystemExit."""
+    with parallel.join() as team:
+        if team is None:
+            yield None
+        elif team.rank == 0:
+            with lead.leading(team):
+                yield team
+        else:
+            lead.follow(team, lambda data: load_for(data, data_dir))
+            raise SystemExit(0)
+
+
+def check(recipe: Recipe, team: Team | None = None) -> None:
     """Everything that can be wrong with a recipe on this machine, before any file is touched.
 
     Raises RecipeError (a net that does not fit the images, contradictory rates, a loader that is not
     installed, an engine that cannot train it, gradients of convolutions that it has not) or DeviceError.
     """
     layer_rates(weight_names(skeleton(recipe)), recipe.prune)
+    if team is not None:
+        parallel.check(recipe, team.size)
     device(recipe.compute.device)
     loader(recipe.compute.loader, recipe)
     kernels(recipe.compute.kernels, device(recipe.compute.device))
@@ -287,7 +312,7 @@ def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | 
 
 def resume(
     path: str | Path, *, data_dir: str | Path | None = None, log: Sequence[str] = (), show: Show = lambda _: None,
-    stopped: Callable[[], int | None] = lambda: None,
+    stopped: Callable[[], int | None] = lambda: None, team: Team | None = None,
 ) -> Search:  # fmt: skip
     """Go on with the search in the run directory ``path``, with the recipe it holds.
 
@@ -297,13 +322,16 @@ def resume(
     with Run.reopen(Path(path)) as directory:
         recipe = directory.recipe
         source = load_for(recipe.data, data_dir)
-        return Search(recipe, (_run_one(directory, recipe, source, None, (0, 1), log, show, stopped, data_dir),))
+        if team is not None:
+            parallel.check(recipe, team.size)
+        one = _run_one(directory, recipe, source, None, (0, 1), log, show, stopped, data_dir, None, team)
+        return Search(recipe, (one,))
 
 
 def _run_one(
     directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, replicate: tuple[int, int],
     log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
-    member: Engine | None = None,
+    member: Engine | None = None, team: Team | None = None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
     rounds = ticket.rounds if ticket else ()
@@ -311,7 +339,8 @@ def _run_one(
         if state is None:
             directory.drop_state()  # killed after the last round was saved, before its state was removed
         return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
-    compute, moved, measured = _settle(directory, recipe, source, resolved)
+    compute, moved, measured = _settle(directory, recipe, source, resolved, team)
+    made = member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
     show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
     with (
         MetricsFile(directory.metrics_path) as metrics,
@@ -322,7 +351,7 @@ def _run_one(
     ):  # fmt: skip
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
         collapsed: set[str] = set()
-        for event in find_tickets(recipe, source, compute, ticket=ticket, state=state, engine=member):
+        for event in find_tickets(recipe, source, compute, ticket=ticket, state=state, engine=made):
             if line := record(event):
                 metrics.write(line)
                 others.write(line)
@@ -359,7 +388,7 @@ def _resume_command(directory: Run, data_dir: str | Path | None, log: Sequence[s
 
 
 def _settle(
-    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None
+    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, team: Team | None = None
 ) -> tuple[ComputeSection, str | None, Mapping[str, float]]:
     """The compute section of this run: as it was resolved at its first start, else resolved now and written down."""
     kept = directory.resolved or resolved
@@ -373,15 +402,20 @@ def _settle(
             kept, moved = None, f"{compute.device} is not there any more"
         except RecipeError as error:
             kept, moved = None, str(error)
+    shared = kept is None or (compute.engine, compute.compile, compute.kept) == ("dense", "off", {})
+    if team is not None and not shared:
+        kept, moved = None, f"{team.size} processes train it, by the dense engine"
     measured: Mapping[str, float] = {}
     if kept is None:
-        choice = resolve(recipe, lambda candidate: make_engine(candidate, source))
+        asked = recipe if team is None else parallel.narrowed(recipe)
+        choice = resolve(asked, lambda candidate: make_engine(candidate, source))
         compute, measured = choice.compute, choice.images_per_second
         kept = choice.to_dict()
-    here = environment(compute)
+    here = environment(compute) | ({} if team is None else {"processes": str(team.size)})
     before = kept.get("environment", here)
     if before != here and moved is None:
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in here.items() if before.get(k) != v]
+        names = [k for k in {**here, **before} if before.get(k) != here.get(k)]
+        changed = [f"{k} {before.get(k)} -> {here.get(k)}" for k in names]
         moved = ", ".join(changed)
     if directory.resolved is None or moved:
         log = [*kept.get("moved", []), *([moved] if moved else [])]

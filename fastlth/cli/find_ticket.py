@@ -110,13 +110,17 @@ def find_ticket(
 
     from fastlth.cli.show import console, json_document, search_result
     from fastlth.experiments.rewind_points import search_rewind_points
+    from fastlth.running import processes
     from fastlth.ui import StopGuard, View, rewind_table
 
     screen = console()
-    with StopGuard() as guard, View(screen, _header(points[0]), _shorter(points[0])) as view:
+    with (
+        processes(data_dir or data_path) as team, StopGuard() as guard,
+        View(screen, _header(points[0]), _shorter(points[0])) as view,
+    ):  # fmt: skip
         searches = search_rewind_points([composed.recipe for composed in points], out=out,
                                         data_dir=data_dir or data_path, replicates=replicates, fresh=fresh,
-                                        log=log or (), show=view, stopped=guard)  # fmt: skip
+                                        log=log or (), show=view, stopped=guard, team=team)  # fmt: skip
     for search in searches:
         search_result(search, screen)
     if len(searches) > 1:

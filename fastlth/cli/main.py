@@ -19,6 +19,7 @@ from fastlth.cli import (
     resume,
     runs,
     supermask,
+    sweep,
     ticket,
     train,
     transfer,
@@ -47,6 +48,7 @@ app.command("connectivity", epilog=connectivity.EXAMPLE)(connectivity.connectivi
 app.command("transfer", epilog=transfer.EXAMPLE)(transfer.transfer)
 app.command("supermask", epilog=supermask.EXAMPLE)(supermask.supermask)
 app.command("reproduce", epilog=reproduce.EXAMPLE)(reproduce.reproduce)
+app.command("sweep", epilog=sweep.EXAMPLE)(sweep.sweep)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(runs.app, name="runs")
 app.add_typer(ticket.app, name="ticket")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlth.cli.options import DataDir, Json, Out
+from fastlth.cli.sweep import Address, Cores, Gpus, planned, train
 from fastlth.errors import RecipeError, Stopped
 
 if TYPE_CHECKING:
@@ -34,13 +35,20 @@ def reproduce(
         Path | None, Opt(help="Folder of the picture and its tables (default: reproduced/FIGURE-SCALE)")
     ] = None,
     list_: Annotated[bool, Opt("--list", help="Show all figures and what each needs.")] = False,
+    on: Annotated[
+        str | None, Opt("--on", help="local or ray: workers, as `fastlth sweep` has them (default: this process)")
+    ] = None,
+    address: Address = None,
+    cores: Cores = None,
+    gpus: Gpus = None,
     dry_run: Annotated[bool, Opt("--dry-run", help="Only say how many trainings it takes, and how long.")] = False,
     data_dir: DataDir = None,
     json: Json = False,
 ) -> None:
     """Train what a figure of a paper needs and draw it, beside the paper's numbers.
 
-    Figures share their runs under --out, and the same command goes on where it stopped.
+    Figures share their runs under --out, and the same command goes on where it stopped. With --on, the trainings are
+    divided among processes or machines first (docs/scaling.md).
     """
     from fastlth.cli.show import console, json_document
 
@@ -50,7 +58,8 @@ def reproduce(
     elif figure is None:
         raise RecipeError("reproduce needs a figure such as fc-4 ('fastlth reproduce --list' shows all)")
     else:
-        document = _reproduce(figure, scale, out, report, dry_run, data_dir, screen)
+        wanted = None if on is None else {"on": on, "address": address, "cores": cores, "gpus": gpus}
+        document = _reproduce(figure, scale, out, report, dry_run, data_dir, screen, wanted)
     if json:
         json_document(document)
 
@@ -72,8 +81,9 @@ def _list(screen: Console) -> dict[str, Any]:
 
 
 def _reproduce(
-    name: str, scale: str, out: Path, report: Path | None, dry_run: bool, data_dir: Path | None, screen: Console
-) -> dict[str, Any]:
+    name: str, scale: str, out: Path, report: Path | None, dry_run: bool, data_dir: Path | None, screen: Console,
+    wanted: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
     from fastlth.experiments.figures.catalogue import find
     from fastlth.experiments.figures.estimate import estimate
     from fastlth.experiments.figures.scale import jobs, left_out
@@ -88,6 +98,11 @@ def _reproduce(
     say(f"{figure.name}, {figure.source}: {figure.what}")
     for sentence in (*([figure.note] if figure.note else []), *left_out(figure, scale)):
         say(sentence)
+    folder = report or Path("reproduced") / f"{figure.name}-{scale}"
+    if wanted is not None:
+        about = {"figure": figure.name, "title": figure.what, "source": figure.source, "scale": scale}
+        about |= _on_workers(todo, wanted, out, dry_run, data_dir, screen)
+        return about if dry_run else {**about, **_make(figure, scale, todo, out, folder, data_dir, screen)}
     needed = trainings(todo, out)
     done = sum(t.done for t in needed)
     say(f"{len(needed):,} trainings, {done:,} of them done")
@@ -98,8 +113,24 @@ def _reproduce(
                 "trainings": len(needed), "done": done, "seconds": seconds}  # fmt: skip
     if dry_run:
         return document
-    folder = report or Path("reproduced") / f"{figure.name}-{scale}"
     return {**document, **_make(figure, scale, todo, out, folder, data_dir, screen)}
+
+
+def _on_workers(
+    todo: list[Job], wanted: dict[str, Any], out: Path, dry_run: bool, data_dir: Path | None, screen: Console
+) -> dict[str, Any]:
+    """Train everything on workers; what is drawn afterwards finds it done."""
+    from fastlth.scaling.machine import Wanted
+    from fastlth.scaling.perform import Place
+    from fastlth.scaling.run import Scaled, raise_failed
+
+    place = Place(out.absolute(), data_dir and data_dir.absolute())
+    scaled = Scaled(todo, place, Wanted(**wanted))
+    if dry_run:
+        return planned(scaled, screen)
+    outcomes = train(scaled, place, screen)
+    raise_failed(outcomes, place)
+    return {"tasks": [vars(o) for o in outcomes]}
 
 
 def _make(

@@ -20,12 +20,13 @@ def resume(
 ) -> None:
     """Go on from the very step at which a search was stopped, with the recipe it was started with."""
     from fastlth.cli.show import console, json_document, search_result
+    from fastlth.running import processes
     from fastlth.running import resume as go_on
     from fastlth.ui import StopGuard, View
 
     screen = console()
-    with StopGuard() as guard, View(screen) as view:
-        search = go_on(run, data_dir=data_dir, log=log or (), show=view, stopped=guard)
+    with processes(data_dir) as team, StopGuard() as guard, View(screen) as view:
+        search = go_on(run, data_dir=data_dir, log=log or (), show=view, stopped=guard, team=team)
     search_result(search, screen)
     if json:
         json_document(search.to_json())

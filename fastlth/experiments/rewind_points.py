@@ -30,6 +30,7 @@ from fastlth.store.run import METRICS, RECIPE, Run, read_recipe
 from fastlth.tickets import theta0
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine
+from fastlth.training.parallel.team import Team
 from fastlth.training.resolve import environment
 from fastlth.training.trainer import ChunkDone, Progress, train
 
@@ -39,6 +40,7 @@ Stop = Callable[[], int | None]
 def search_rewind_points(
     recipes: Sequence[Recipe], *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
     fresh: bool = False, log: Sequence[str] = (), show: Show = lambda _: None, stopped: Stop = lambda: None,
+    team: Team | None = None,
 ) -> list[Search]:  # fmt: skip
     """The searches of ``recipes``, which differ in ``prune.rewind_to`` alone, each in its own run directory.
 
@@ -46,8 +48,9 @@ def search_rewind_points(
     Stopped with a sentence that says where.
     """
     for recipe in recipes:
-        check(recipe)
-    options: dict[str, Any] = {"out": out, "data_dir": data_dir, "replicates": replicates, "log": log, "show": show}
+        check(recipe, team)
+    options: dict[str, Any] = {"out": out, "data_dir": data_dir, "replicates": replicates, "log": log, "show": show,
+                               "team": team}  # fmt: skip
     done: list[Search] = []
     try:
         for recipe in recipes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,18 @@ from fastlth.models.own import seed_of
 from fastlth.training.optim import MaskedOptimizer
 
 
+class Share(Protocol):
+    """How several processes make one step together (training/parallel)."""
+
+    def part(self, batch: Batch) -> Batch: ...
+
+    def join_(self, model: nn.Module) -> None: ...
+
+    def sum_gradients_(
+        self, parameters: Mapping[str, nn.Parameter], loss: Tensor, hits: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class Step:
     """One step of SGD or Adam on uint8 images, in place on the model's parameters.
 
@@ -30,19 +43,20 @@ class Step:
     def __init__(
         self, model: nn.Module, optimizer: MaskedOptimizer, pruned: Mapping[str, Tensor], table: Tensor,
         *, augment: str = "none", augment_key: Key = (0, 0), precision: str = "fp32", compiled: bool = False,
-        reseed: Key | None = None,
+        reseed: Key | None = None, share: Share | None = None,
     ) -> None:  # fmt: skip
-        self.optimizer, self.pruned, self._reseed = optimizer, pruned, reseed
+        self.optimizer, self.pruned, self._reseed, self._share = optimizer, pruned, reseed, share
         augmentation, device_type = AUGMENT[augment], table.device.type
+        wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         self._dropouts = [m for m in model.modules() if isinstance(m, Dropout)]
         for dropout in self._dropouts:
             dropout.keyed = True
 
         def loss_and_hits(images: Tensor, labels: Tensor, epoch: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-            x = normalise(augmentation(images, epoch, position, augment_key), table, torch.float32)
+            x = normalise(augmentation(images, epoch, position, augment_key), table, wide)
             with torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = model(x)
-            logits = logits.float()
+            logits = logits.to(wide)
             return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
 
         self._loss_and_hits: Callable[..., tuple[Tensor, Tensor]] = loss_and_hits
@@ -53,7 +67,9 @@ class Step:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss and number of hits of the batch before the update, device scalars (float32, int64)."""
-        device = batch.images.device
+        device, whole = batch.images.device, len(batch.labels)
+        if self._share is not None:
+            batch = self._share.part(batch)
         epoch = torch.full((), batch.epoch, dtype=torch.int64, device=device)
         position = torch.full((), batch.position, dtype=torch.int64, device=device)
         for dropout in self._dropouts:
@@ -63,6 +79,10 @@ class Step:
         loss, hits = self._loss_and_hits(batch.images, batch.labels, epoch, position)
         # backward() and not autograd.grad(): it lays gradients out like their weights, which a compiled graph does
         # not, and the fused optimizers walk through memory without looking at strides.
+        if self._share is not None:
+            loss = loss * (len(batch.labels) / whole)
         loss.backward()  # type: ignore[no-untyped-call]
+        if self._share is not None:
+            loss, hits = self._share.sum_gradients_(self.optimizer.parameters, loss.detach(), hits)
         self.optimizer.step(self.pruned)
         return loss.detach(), hits

@@ -62,16 +62,28 @@ def estimate(
     trainings: Iterable[Training], out: Path, data_dir: Path | None, show: Callable[[str], None] = lambda _: None
 ) -> float:
     """Seconds for those trainings that are not done. Raises DataError, DeviceError and RecipeError as training does."""
-    paces: dict[tuple[Any, ...], Pace] = {}
-    total = 0.0
-    for training in (t for t in trainings if not t.done):
+    paces = Paces(out, data_dir, show)
+    return sum(paces.seconds(training) for training in trainings if not training.done)
+
+
+class Paces:
+    """Seconds of trainings; each kind is measured when it is first asked for."""
+
+    def __init__(self, out: Path, data_dir: Path | None, show: Callable[[str], None] = lambda _: None) -> None:
+        self._out, self._data_dir, self._show = out, data_dir, show
+        self._paces: dict[tuple[Any, ...], Pace] = {}
+
+    def of(self, training: Training) -> Pace:
+        """Raises DataError, DeviceError and RecipeError as training does."""
         key = _alike(training)
-        if key not in paces:
+        if key not in self._paces:
             name = f"{training.recipe.model.name} on {training.recipe.data.name}"
-            show(f"timing {name}{', supermask' if training.plan else ''}")
-            paces[key] = _pace(training, out, data_dir)
-        total += paces[key].seconds(training)
-    return total
+            self._show(f"timing {name}{', supermask' if training.plan else ''}")
+            self._paces[key] = _pace(training, self._out, self._data_dir)
+        return self._paces[key]
+
+    def seconds(self, training: Training) -> float:
+        return self.of(training).seconds(training)
 
 
 def _alike(training: Training) -> tuple[Any, ...]:

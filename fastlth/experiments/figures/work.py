@@ -24,8 +24,8 @@ from fastlth.experiments.supermasks.run import place, supermask
 from fastlth.experiments.transfer import target, transfer, transfer_digest
 from fastlth.experiments.workbench import branch_name, plain
 from fastlth.recipe import Recipe
-from fastlth.store import ticket as tickets
 from fastlth.store import weights
+from fastlth.store.inspect import summary
 from fastlth.store.run import METRICS, TICKET, parent_folder, run_folders
 from fastlth.tickets import load_ticket
 
@@ -92,6 +92,15 @@ def make(job: Job, out: Path, *, data_dir: Path | None, show: Show, stopped: Sto
         found = [m for r in search.replicates for m in _follow(follow, r, data_dir, show, stopped)]
         lines.append(Line(job, follow.label, tuple(found), follow))
     return lines
+
+
+def make_follow(job: Job, out: Path, *, data_dir: Path | None, show: Show, stopped: Stop) -> None:
+    """Train what follows the job's searches, which are there. Raises as ``make`` does."""
+    for recipe in _replicates(job):
+        search = running.Replicate(recipe.seeds.base, run_of(out, recipe), ())
+        for follow in job.follow:
+            for _ in _follow(follow, search, data_dir, show, stopped):
+                pass
 
 
 def run_of(out: Path, recipe: Recipe) -> Path:
@@ -166,11 +175,18 @@ def _of_job(job: Job, out: Path) -> Iterator[Training]:
             continue
         run = run_of(out, recipe)
         ticket = run / TICKET
-        finished = len(tickets.load(ticket, masks_only=True).rounds) if ticket.exists() else 0
+        finished = len(summary(ticket).rounds) if ticket.exists() else 0
         whole, first = recipe.train.iterations, recipe.prune.rewind_to
         for k in range(recipe.prune.rounds + 1):
             steps = whole - first if k else whole
             yield Training(_name(out, run, k), recipe, steps, _density(recipe, k), k < finished, job.replicates)
+        yield from follow_trainings(dataclasses.replace(job, recipe=recipe, replicates=1), out)
+
+
+def follow_trainings(job: Job, out: Path) -> Iterator[Training]:
+    """Those that follow the job's searches; one that two need comes twice."""
+    for recipe in _replicates(job):
+        run = run_of(out, recipe)
         for follow in job.follow:
             match follow:
                 case Branched():

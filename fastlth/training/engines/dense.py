@@ -27,7 +27,7 @@ from fastlth.training.kept import KeptLayers
 from fastlth.training.optim import MaskedOptimizer
 from fastlth.training.schedule import lr_at
 from fastlth.training.shifted import swap
-from fastlth.training.step import Step
+from fastlth.training.step import Share, Step
 
 EVALUATION_BATCH = 1000
 
@@ -38,8 +38,9 @@ class DenseEngine:
 
     name = "dense"
 
-    def __init__(self, recipe: Recipe, loader: Loader, splits: dict[str, Images], net: nn.Module | None = None) -> None:
-        """``net`` is another one to train than the recipe's, unpruned."""
+    def __init__(self, recipe: Recipe, loader: Loader, splits: dict[str, Images], net: nn.Module | None = None,
+                 share: Share | None = None) -> None:  # fmt: skip
+        """``net`` is another one to train than the recipe's, unpruned; ``share`` the processes that train it too."""
         compute = recipe.compute
         self._device = torch.device(compute.device)
         self._recipe, self._loader = recipe, loader
@@ -55,6 +56,8 @@ class DenseEngine:
         swap(self.model, compute.shifted)
         limits = compute.kept if net is None else {}
         self._kept = KeptLayers(self.model, limits, batch=recipe.train.batch_size, threads=compute.threads)
+        if share is not None:
+            share.join_(self.model)
         parameters = dict(self.model.named_parameters())
         self.weight_names = weight_names(self.model)
         self.prunable = list(layer_rates(self.weight_names, recipe.prune)) if net is None else []
@@ -69,7 +72,7 @@ class DenseEngine:
         self._step = Step(
             self.model, self._optimizer, self._pruned, self._table,
             augment=recipe.data.augment, augment_key=recipe.seeds.key("augment"),
-            precision=compute.precision, compiled=compute.compile == "on",
+            precision=compute.precision, compiled=compute.compile == "on", share=share,
             reseed=recipe.seeds.key("dropout") if recipe.model.own else None,
         )  # fmt: skip
         kept_on = self._device if isinstance(loader, ResidentLoader) else torch.device("cpu")

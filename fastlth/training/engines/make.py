@@ -20,18 +20,19 @@ from fastlth.training.engines.base import Engine
 from fastlth.training.engines.dense import DenseEngine
 from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.sparse import SparseEngine
+from fastlth.training.step import Share
 
 
-def make_engine(recipe: Recipe, source: Source) -> Engine:
-    """The engine of a recipe whose compute section holds no ``auto``.
+def make_engine(recipe: Recipe, source: Source, share: Share | None = None) -> Engine:
+    """The engine of a recipe whose compute section holds no ``auto``; dense where several processes share it.
 
     Where the device has no room for it the images stay in host memory, and ``said`` tells so.
     Raises torch.OutOfMemoryError where that does not help.
     """
     try:
-        return _make(recipe, source)
+        return _make(recipe, source, share)
     except torch.OutOfMemoryError:
-        if recipe.compute.loader != "resident":
+        if recipe.compute.loader != "resident" or share is not None:
             raise
     torch.cuda.empty_cache()  # not in the handler, where the failed engine still lives
     engine = _streamed(recipe, source)
@@ -49,13 +50,13 @@ def _streamed(recipe: Recipe, source: Source) -> DenseEngine:
     return DenseEngine(dataclasses.replace(recipe, compute=dense), loader, splits)
 
 
-def _make(recipe: Recipe, source: Source) -> Engine:
+def _make(recipe: Recipe, source: Source, share: Share | None) -> Engine:
     splits = make_splits(recipe, source)
     if recipe.compute.engine == "sparse":
         return SparseEngine(recipe, make_order(recipe, len(splits["train"].labels)), splits)
     if recipe.compute.engine == "graph":
         return GraphEngine(recipe, make_order(recipe, len(splits["train"].labels)), splits)
-    return DenseEngine(recipe, make_loader(recipe, source), splits)
+    return DenseEngine(recipe, make_loader(recipe, source), splits, share=share)
 
 
 def make_order(recipe: Recipe, images: int) -> Order:

@@ -1,0 +1,81 @@
+"""A sweep's file: what multiplies, what does not, and what is refused in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastlth.errors import RecipeError
+from fastlth.scaling.spec import read
+from tests.scaling.sweeps import small_sweep, write_spec
+
+BRANCH = '[[branch]]\nkind = "random-reinit"\nrounds = [1]\ntrials = 2\n'
+
+
+def test_lists_multiply_and_a_setting_that_is_a_list_does_not(tmp_path):
+    jobs = small_sweep(tmp_path, seeds=3, prune__rate=[0.1, 0.2], train__lr=[1e-3, 2e-3],
+                       schedule__milestones=[10, 20], branches=BRANCH).jobs  # fmt: skip
+    assert [(j.recipe.prune.rate, j.recipe.train.lr) for j in jobs] == [
+        (0.1, 1e-3), (0.2, 1e-3), (0.1, 2e-3), (0.2, 2e-3)]  # fmt: skip
+    assert {j.recipe.schedule.milestones for j in jobs} == {(10, 20)}
+    assert {j.replicates for j in jobs} == {3} and {j.recipe.seeds.base for j in jobs} == {0}
+    assert jobs[1].arm.label == "lr 0.001, rate 0.2"
+    (follow,) = jobs[0].follow
+    assert (follow.control.kind, follow.rounds, follow.trials) == ("random-reinit", (1,), 2)
+
+
+def test_a_list_of_lists_multiplies(tmp_path):
+    jobs = small_sweep(tmp_path, schedule__milestones=[[10], [10, 20]]).jobs
+    assert [j.recipe.schedule.milestones for j in jobs] == [(10,), (10, 20)]
+
+
+def test_seeds_with_gaps_become_unbroken_stretches(tmp_path):
+    jobs = small_sweep(tmp_path, seeds=[7, 0, 1, 3]).jobs
+    assert [(j.recipe.seeds.base, j.replicates) for j in jobs] == [(0, 2), (3, 1), (7, 1)]
+
+
+def test_models_multiply_and_epochs_are_counted(tmp_path):
+    settings = '[settings]\ntrain.iterations = "1ep"\ntrain.batch_size = 60\ntrain.lr = 0.1'
+    (tmp_path / "s.toml").write_text(f'model = ["lenet-300-100", "conv-2"]\ndataset = "mnist"\n{settings}')
+    jobs = read(tmp_path / "s.toml").jobs
+    assert [(j.recipe.model.name, j.arm.label) for j in jobs] == [
+        ("lenet-300-100", "model lenet-300-100"), ("conv-2", "model conv-2")]  # fmt: skip
+    assert {j.recipe.train.iterations for j in jobs} == {916}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "has no model"),
+        ('model = "lenet-5"', "has no dataset"),
+        ('model = 3\ndataset = "mnist"', "model must be a word or a list of words, got 3"),
+        ('modle = "lenet-5"', "did you mean 'model'"),
+        ("model = ", "is not TOML"),
+        ('model = "lenet-5"\ndataset = "mnist"\nseeds = [1, 1]', "different seeds, got [1, 1]"),
+        ('model = "lenet-5"\ndataset = "mnist"\nseeds = true', "different seeds, got True"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[settings]\nprun.rate = 0.1', "did you mean 'prune'"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[settings]\nprune.rat = 0.1', "prune.rat"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[settings]\nprune.rate = []', "is an empty list"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[settings]\nseeds.base = 3', "is given by seeds"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[settings]\nprune.rate = [0.2, 0.2]', "is the same search"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[settings]\nprune.rounds = [3, 5]', "rounds and densities"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[branch]\nkind = "one-shot"', "double brackets"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nrounds = [1]', "has no kind"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shit"', "did you mean 'one-shot'"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\nround = 1', "did you mean 'rounds'"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\nrounds = [99]', "round 99 is not"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\nrounds = "some"', "got 'some'"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\ntrials = 2', "must be 1"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\ndensity = 0.1', "go by rounds"),
+    ],
+)
+def test_what_is_refused(tmp_path, text, sentence):
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        read(tmp_path / "s.toml")
+    assert sentence in str(error.value) and "\n" not in str(error.value).strip()
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match="cannot read"):
+        read(tmp_path / "none.toml")
+    assert write_spec(tmp_path / "spec.toml").exists()

@@ -28,7 +28,7 @@ from fastlth.errors import DeviceError, RecipeError
 from fastlth.models import skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import ComputeSection, Recipe
-from fastlth.training import break_even, host, kept, shifted
+from fastlth.training import break_even, host, kept, lines, shifted
 from fastlth.training.engines import graph, sparse
 from fastlth.training.engines.base import Engine
 
@@ -153,33 +153,37 @@ def _sparse(
     asked = recipe.compute
     guess = asked.break_even if asked.break_even != -1 else BREAK_EVEN
     wide = dataclasses.replace(fixed, engine="sparse", channels_last="off", break_even=guess)
-    candidates = [wide]
-    if not asked.threads and wide.threads > 1:
-        candidates.append(dataclasses.replace(wide, threads=1))
+    counts = [wide.threads] if asked.threads or wide.threads == 1 else [wide.threads, 1]
+    candidates = [dataclasses.replace(wide, threads=t) for t in counts]
     if asked.engine == "auto":
         candidates.append(fixed)
     middle = (1 - recipe.prune.rate) ** (recipe.prune.rounds / 2)
     measured = _measure(recipe, candidates, make_engine, density=middle)
     rates |= {_label(c): rate for c, rate in measured.items()}
-    chosen = max(candidates, key=lambda c: measured[c])
-    if chosen is fixed:
+    if max(candidates, key=lambda c: measured[c]) is fixed:
         return None
-    if asked.break_even == -1:
-        chosen = dataclasses.replace(chosen, break_even=_break_even(recipe, chosen, make_engine))
-    return chosen
+    if asked.break_even != -1 and (asked.one_thread != -1 or len(counts) == 1):
+        return wide
+    found = _lines(recipe, wide, counts, make_engine)
+    limit = asked.one_thread
+    if limit == -1 and len(counts) > 1:
+        limit = lines.one_thread(found[1], found[wide.threads])
+    chosen = wide if limit < 1 else dataclasses.replace(wide, threads=1)
+    even = asked.break_even if asked.break_even != -1 else found[chosen.threads].break_even
+    return dataclasses.replace(chosen, break_even=even, one_thread=limit)
 
 
-def _break_even(recipe: Recipe, compute: ComputeSection, make_engine: MakeEngine) -> float:
-    """The density at which kept weights alone cost as much as all of them: a step's time is linear in the density."""
-    seconds = {}
-    for density in (0.5, 0.2):
-        candidates = [dataclasses.replace(compute, break_even=limit) for limit in (0.0, 1.0)]
-        measured = _measure(recipe, candidates, make_engine, density=density)
-        seconds[density] = [recipe.train.batch_size / measured[c] for c in candidates]
-    slope = (seconds[0.5][1] - seconds[0.2][1]) / 0.3
-    whole = statistics.fmean(times[0] for times in seconds.values())
-    crossing = 0.5 + (whole - seconds[0.5][1]) / slope if slope > 0 else 1.0
-    return round(min(max(crossing, 0.0), 1.0), 2)
+def _lines(
+    recipe: Recipe, compute: ComputeSection, counts: list[int], make_engine: MakeEngine
+) -> dict[int, lines.Line]:
+    """Threads -> what a step of the sparse engine takes with so many."""
+    seconds: dict[tuple[int, float], dict[float, float]] = {(t, limit): {} for t in counts for limit in (0.0, 1.0)}
+    ways = {key: dataclasses.replace(compute, threads=key[0], break_even=key[1]) for key in seconds}
+    for density in lines.DENSITIES:
+        measured = _measure(recipe, list(ways.values()), make_engine, density=density)
+        for key, way in ways.items():
+            seconds[key][density] = recipe.train.batch_size / measured[way]
+    return {t: lines.Line.of(seconds[t, 0.0], seconds[t, 1.0]) for t in counts}
 
 
 def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates: dict[str, float]) -> ComputeSection:

@@ -44,11 +44,11 @@ def bench(
     from fastlth.bench import loaders, rounds, startup, step
 
     _rows(json, [
-        step.rows("lenet-300-100", "mnist", [0, 10, 20], seconds=2.5),
-        step.rows("conv-2", "cifar-10", [0], seconds=2.5),
-        rounds.rows("lenet-300-100", "mnist", seconds=4.0),
+        step.rows("lenet-300-100", "mnist", [0, 10, 20], seconds=2.0),
+        step.rows("conv-2", "cifar-10", [0], seconds=2.0),
+        rounds.rows("lenet-300-100", "mnist", seconds=4.0, peaks=False),
         loaders.rows("lenet-300-100", "mnist", seconds=2.0),
-        startup.rows(seconds=4.0),
+        startup.rows(seconds=3.0),
     ])  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def test_auto_takes_the_fastest(speeds, expected, monkeypatch):
     def measure(recipe, candidates, make_engine, *, calls=3, density=1.0):
         return {c: speeds[f"sparse {c.threads}" if c.engine == "sparse" else "dense"] for c in candidates}
 
-    found = {2: Line(2.74, (3.0, 2.4)), 1: Line(9.0, (3.5, 2.3))}  # they cross at 0.25
+    found = {2: Line(2.745, (2.4, 3.0, 3.6)), 1: Line(9.0, (2.3, 3.5, 4.7))}  # they cross at 0.25
     monkeypatch.setattr(resolve, "_measure", measure)
     monkeypatch.setattr(resolve, "_lines", lambda *_: found)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -220,7 +220,7 @@ def test_auto_takes_the_fastest(speeds, expected, monkeypatch):
 def test_one_thread_for_all_where_several_are_never_faster(monkeypatch):
     recipe = sparse_recipe(compute__engine="sparse", compute__threads=0, compute__break_even=-1.0)
     monkeypatch.setattr(resolve, "_measure", lambda _, candidates, *__, **___: dict.fromkeys(candidates, 1.0))
-    monkeypatch.setattr(resolve, "_lines", lambda *_: {2: Line(5.0, (4.0, 2.0)), 1: Line(3.0, (2.0, 1.0))})
+    monkeypatch.setattr(resolve, "_lines", lambda *_: {2: Line(5.0, (2.0, 4.0, 6.0)), 1: Line(3.0, (1.0, 2.0, 3.0))})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     chosen = resolve.resolve(recipe, lambda _: None).compute
     assert (chosen.threads, chosen.one_thread, chosen.break_even) == (1, 1.0, 0.8)
@@ -232,7 +232,7 @@ def test_what_was_asked_for_is_taken(asked, expected, monkeypatch):
     settings = {"threads": 0, "break_even": -1.0, **asked}
     recipe = sparse_recipe(compute__engine="sparse", **{f"compute__{k}": v for k, v in settings.items()})
     monkeypatch.setattr(resolve, "_measure", lambda _, candidates, *__, **___: dict.fromkeys(candidates, 1.0))
-    found = {2: Line(2.0, (4.0, 2.0)), 1: Line(1.0, (2.0, 1.0))}
+    found = {2: Line(2.0, (2.0, 4.0, 6.0)), 1: Line(1.0, (1.0, 2.0, 3.0))}
     monkeypatch.setattr(resolve, "_lines", lambda _, __, counts, ___: {t: found[t] for t in counts})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     chosen = resolve.resolve(recipe, lambda _: None).compute
@@ -249,21 +249,24 @@ def test_lines_are_of_the_steps_that_were_measured(monkeypatch):
 
     monkeypatch.setattr(resolve, "_measure", measure)
     found = resolve._lines(recipe, recipe.compute, [2, 1], lambda _: None)
-    assert found[2].dense == pytest.approx(5.0) and found[2].kept == pytest.approx((1.5, 0.6))
-    assert found[1].dense == pytest.approx(8.0) and found[1].kept == pytest.approx((1.0, 0.4))
+    assert found[2].dense == pytest.approx(5.0) and found[2].kept == pytest.approx((0.6, 1.5, 2.4))
+    assert found[1].dense == pytest.approx(8.0) and found[1].kept == pytest.approx((0.4, 1.0, 1.6))
 
 
-@pytest.mark.parametrize(("kept", "dense", "crossing"), [((0.6, 0.3), 0.5, 0.4), ((3.0, 1.2), 6.0, 1.0),
-                                                         ((0.9, 0.8), 0.1, 0.0), ((0.5, 0.6), 0.4, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(("kept", "dense", "crossing"), [
+    ((0.3, 0.6, 0.9), 0.505, 0.4), ((0.3, 0.6, 1.2), 0.805, 0.6), ((1.2, 3.0, 4.8), 9.0, 0.99),
+    ((0.8, 0.9, 1.0), 0.1, 0.0),
+    ((0.6, 0.5, 0.4), 0.7, 0.99),
+])  # fmt: skip
 def test_the_break_even_is_where_two_lines_cross(kept, dense, crossing):
     assert Line(dense, kept).break_even == pytest.approx(crossing)
 
 
 @pytest.mark.parametrize(("alone", "several", "expected"), [
-    (Line(2.0, (1.1, 0.5)), Line(1.0, (0.9, 0.6)), 0.30),  # 0.1 + 2d against 0.4 + d
-    (Line(1.0, (0.5, 0.2)), Line(1.0, (0.5, 0.2)), 1.0),
-    (Line(2.0, (1.5, 1.2)), Line(1.0, (0.5, 0.2)), 0.0),
-    (Line(0.9, (1.1, 0.5)), Line(1.0, (0.9, 0.6)), 0.30),  # faster again at 1, but not in between
+    (Line(2.0, (0.5, 1.1, 1.7)), Line(1.0, (0.6, 0.9, 1.2)), 0.30),  # 0.1 + 2d against 0.4 + d
+    (Line(1.0, (0.2, 0.5, 0.8)), Line(1.0, (0.2, 0.5, 0.8)), 1.0),
+    (Line(2.0, (1.2, 1.5, 1.8)), Line(1.0, (0.2, 0.5, 0.8)), 0.0),
+    (Line(0.9, (0.5, 1.1, 1.7)), Line(1.0, (0.6, 0.9, 1.2)), 0.30),  # faster again at 1, but not in between
 ])  # fmt: skip
 def test_one_thread_from_the_density_where_it_is_no_slower(alone, several, expected):
     assert one_thread(alone, several) == pytest.approx(expected)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +73,8 @@ def main() -> int:
     }  # fmt: skip
     passed = counts["found"] == PLANTED and counts["equal"] == EQUAL and not counts["false_alarms"]
     record = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit(), "passed": passed, **counts,
-        "seconds": round(time.monotonic() - began), "budget": BUDGET, "load": _load(), **document(rows),
+        "passed": passed, **counts, "seconds": round(time.monotonic() - began), "budget": BUDGET, "load": _load(),
+        **document(rows),
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as results:
@@ -90,11 +88,6 @@ def _copy(folder: Path) -> Path:
     for name in ("fastlth", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def _load() -> float | None:

@@ -380,9 +380,6 @@ class ComputeSection:
     """CPU threads; 0: as many as torch finds, or as measured fastest"""
     break_even: float = -1.0
     """density at or below which the sparse engine runs a layer from its kept weights alone; -1: measured"""
-    one_thread: float = -1.0
-    """density at or below which the sparse engine trains on one thread, since several wait for each other; -1:
-    measured where ``threads`` is 0, else never"""
     deterministic: bool = False
     """on CUDA: only algorithms that give the same bits every time, which are slower (a CPU always gives them)"""
     shifted: tuple[str, ...] = ("auto",)
@@ -402,8 +399,6 @@ class ComputeSection:
         _choice("compute.engine", self.engine, ("auto", "dense", "sparse", "graph"))
         _check("compute.break_even", self.break_even == -1 or 0 <= self.break_even <= 1,
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
-        _check("compute.one_thread", self.one_thread == -1 or 0 <= self.one_thread <= 1,
-               "be in 0 to 1, or -1 to have it measured", self.one_thread)  # fmt: skip
         _choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))
         _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
         object.__setattr__(self, "shifted", tuple(self.shifted))  # read back as a list

@@ -121,8 +121,6 @@ class View:
         how += [f"{compute.loader} loader", f"{compute.engine} engine"]
         how += [f"{compute.threads} thread{'s' if compute.threads > 1 else ''}"] if compute.device == "cpu" else []
         if compute.engine == "sparse":
-            if compute.threads > 1 and compute.one_thread > 0:
-                how[-1] += f", one at density {compute.one_thread:g} and below"
             how += [f"kept weights alone at density {compute.break_even:g} and below"]
         if compute.shifted and compute.shifted != ("auto",):
             how += [f"{len(compute.shifted)} gradients of convolutions by shifted products"]

@@ -18,6 +18,7 @@ app = typer.Typer(help="Measure speed and size on this machine, in paired ratios
 Opt = typer.Option
 Model = Annotated[str, typer.Argument(help=MODEL_NAMES)]
 Dataset = Annotated[str, typer.Argument(help="Whose image shape: mnist, cifar-10 or digits")]
+Record = Annotated[Path | None, Opt(help="Append the document and what a short search reaches to this .jsonl file.")]
 Seconds = Annotated[float, Opt(min=0.1, help="Time for each comparison.")]
 
 
@@ -27,6 +28,7 @@ def bench(
     check: Annotated[bool, Opt("--check", help="Compare with benchmarks/expected.toml; exit code 3 if worse.")] = False,
     update: Annotated[bool, Opt("--update", help="With --check: write the counts found now into the file.")] = False,
     markdown: Annotated[bool, Opt("--markdown", help="With --check: print the table as markdown on stdout.")] = False,
+    record: Record = None,
     json: Json = False,
 ) -> None:
     """Without a sub-command: the default set, in under two minutes."""
@@ -38,6 +40,8 @@ def bench(
         raise RecipeError(f"{'--update' if update else '--markdown'} belongs to --check; add --check")
     if markdown and json:
         raise RecipeError("--markdown and --json both print on stdout; choose one")
+    if record and check:
+        raise RecipeError("--record keeps measured ratios, and --check judges them; give one")
     if check:
         _check(update, markdown, json)
         return
@@ -49,7 +53,7 @@ def bench(
         rounds.rows("lenet-300-100", "mnist", seconds=4.0, peaks=False),
         loaders.rows("lenet-300-100", "mnist", seconds=2.0),
         startup.rows(seconds=3.0),
-    ])  # fmt: skip
+    ], record)  # fmt: skip
 
 
 @app.command("step", epilog="Example: fastlth bench step conv-4 cifar-10 --rounds 0,10,20 --plot step.png")
@@ -59,7 +63,7 @@ def step(
     compiled: Annotated[bool, Opt(help="Time torch.compile around the rival's net too.")] = True,
     dense: Annotated[bool, Opt("--dense", help="Time our dense engine too, where auto takes another.")] = False,
     plot: Annotated[Path | None, Opt(help="Draw speed and seconds per round against density (.png or .svg).")] = None,
-    seconds: Seconds = 3.0, json: Json = False,
+    seconds: Seconds = 3.0, record: Record = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Training steps at each density: ours, good everyday PyTorch, the same compiled, and lecode's way."""
     from fastlth.bench.plot import by_density
@@ -74,29 +78,31 @@ def step(
     if compiled and not can_compile():
         console().print("torch.compile is left out: no C++ compiler found", highlight=False)
         compiled = False
-    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled, dense=dense)])
+    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled, dense=dense)], record)
     if plot is not None:
         by_density(found, plot)
 
 
 @app.command("round", epilog="Example: fastlth bench round lenet-300-100 mnist")
 def round_(
-    model: Model = "lenet-300-100", dataset: Dataset = "mnist", seconds: Seconds = 10.0, json: Json = False
-) -> None:
+    model: Model = "lenet-300-100", dataset: Dataset = "mnist", seconds: Seconds = 10.0,
+    record: Record = None, json: Json = False,
+) -> None:  # fmt: skip
     """Steps together with the paper's evaluations, ours against everyday PyTorch."""
     from fastlth.bench.rounds import rows
 
-    _rows(json, [rows(model, dataset, seconds=seconds)])
+    _rows(json, [rows(model, dataset, seconds=seconds)], record)
 
 
 @app.command("loader", epilog="Example: fastlth bench loader vgg19 cifar-10")
 def loader(
-    model: Model = "lenet-300-100", dataset: Dataset = "mnist", seconds: Seconds = 4.0, json: Json = False
-) -> None:
+    model: Model = "lenet-300-100", dataset: Dataset = "mnist", seconds: Seconds = 4.0,
+    record: Record = None, json: Json = False,
+) -> None:  # fmt: skip
     """Loaders alone: the resident set and FFCV against torchvision's DataLoader."""
     from fastlth.bench.loaders import rows
 
-    _rows(json, [rows(model, dataset, seconds=seconds)])
+    _rows(json, [rows(model, dataset, seconds=seconds)], record)
 
 
 @app.command("kernels", epilog="Example: fastlth bench kernels --model vgg19 --gpu h200")
@@ -121,11 +127,11 @@ def kernels(
 
 
 @app.command("startup", epilog="Example: fastlth bench startup")
-def startup(seconds: Seconds = 8.0, json: Json = False) -> None:
+def startup(seconds: Seconds = 8.0, record: Record = None, json: Json = False) -> None:
     """How soon the command answers, against the import of torch."""
     from fastlth.bench.startup import rows
 
-    _rows(json, [rows(seconds=seconds)])
+    _rows(json, [rows(seconds=seconds)], record)
 
 
 @app.command("compare", epilog="Example: fastlth bench compare main .")
@@ -188,8 +194,10 @@ def ticket(
     console().print(table)
 
 
-def _rows(json: bool, subjects: Iterable[Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Measure, show each row as it comes, print the document or the table."""
+def _rows(
+    json: bool, subjects: Iterable[Iterable[dict[str, Any]]], record: Path | None
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure, show each row as it comes, print the document or the table, append the record."""
     from fastlth.bench import document, peak
     from fastlth.cli.show import console, json_document
 
@@ -201,8 +209,13 @@ def _rows(json: bool, subjects: Iterable[Iterable[dict[str, Any]]]) -> list[dict
                 found.append(row)
                 status.update(f"measured {row['subject']} {row['model'] or ''} {row['path']} against {row['against']}")
     result = document(found)
-    if json:
+    if json or record:
         result["machine"]["peaks"] = peak.measure()
+    if record:
+        from fastlth.bench.record import append
+
+        append(result, record)
+    if json:
         json_document(result)
     else:
         _table(found, screen)

@@ -1,14 +1,13 @@
-"""The sparse engine's threads and break-even, from a few measured steps.
+"""What a step of the sparse engine takes at any density, from a few measured ones.
 
 A step of dense layers always takes the same time; one from kept weights alone takes the longer the more there are, a
-little more than in proportion where they leave the caches. Several threads share the work and wait for each other: one
-thread alone is faster where there is little of it.
+little more than in proportion where they leave the caches.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 DENSITIES = (0.2, 0.5, 0.8)
@@ -33,22 +32,15 @@ class Line:
 
     @property
     def break_even(self) -> float:
-        """The density in [0, 1) at and below which kept weights alone cost no more than all of them."""
-        return min(_highest(lambda d: self._kept(d) <= self.dense), 0.99)  # a layer that keeps all of them is dense
+        """The density, in hundredths, at and below which kept weights alone cost no more than all of them.
+
+        Below 1: a layer that keeps all its weights is dense.
+        """
+        dearer = (d for d in range(1, 100) if self._kept(d / 100) > self.dense)
+        return (next(dearer, 100) - 1) / 100
 
     def _kept(self, density: float) -> float:
         """Straight between the measured densities, and on beyond them."""
         i = 0 if density < DENSITIES[1] else 1
         slope = (self.kept[i + 1] - self.kept[i]) / (DENSITIES[i + 1] - DENSITIES[i])
         return self.kept[i] + (density - DENSITIES[i]) * slope
-
-
-def one_thread(alone: Line, several: Line) -> float:
-    """The density at and below which one thread takes no longer than several; 1 where it never does, 0 where always."""
-    return _highest(lambda d: alone.seconds(d) <= several.seconds(d))
-
-
-def _highest(holds: Callable[[float], bool]) -> float:
-    """The highest density, in hundredths, at and below which ``holds``."""
-    fails = (d for d in range(1, 101) if not holds(d / 100))
-    return (next(fails, 101) - 1) / 100

@@ -148,8 +148,8 @@ def _graph(
 def _sparse(
     recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates: dict[str, float]
 ) -> ComputeSection | None:
-    """The sparse engine with its threads and break-even, or None where the dense one is faster in the middle of the
-    search."""
+    """The sparse engine with the threads that make the whole search fastest and their break-even, or None where the
+    dense engine is faster in the middle of the search."""
     asked = recipe.compute
     guess = asked.break_even if asked.break_even != -1 else BREAK_EVEN
     wide = dataclasses.replace(fixed, engine="sparse", channels_last="off", break_even=guess)
@@ -162,15 +162,13 @@ def _sparse(
     rates |= {_label(c): rate for c, rate in measured.items()}
     if max(candidates, key=lambda c: measured[c]) is fixed:
         return None
-    if asked.break_even != -1 and (asked.one_thread != -1 or len(counts) == 1):
+    if len(counts) == 1 and asked.break_even != -1:
         return wide
     found = _lines(recipe, wide, counts, make_engine)
-    limit = asked.one_thread
-    if limit == -1 and len(counts) > 1:
-        limit = lines.one_thread(found[1], found[wide.threads])
-    chosen = wide if limit < 1 else dataclasses.replace(wide, threads=1)
-    even = asked.break_even if asked.break_even != -1 else found[chosen.threads].break_even
-    return dataclasses.replace(chosen, break_even=even, one_thread=limit)
+    densities = [(1 - recipe.prune.rate) ** k for k in range(recipe.prune.rounds + 1)]
+    threads = min(counts, key=lambda t: sum(found[t].seconds(d) for d in densities))
+    limit = asked.break_even if asked.break_even != -1 else found[threads].break_even
+    return dataclasses.replace(wide, threads=threads, break_even=limit)
 
 
 def _lines(
@@ -282,7 +280,9 @@ def _measure(
         prune_at_random(engine, density)
         call(compute)  # warm-up; compiles where asked for
         longest = min(recipe.evaluate.every, recipe.train.iterations)
-        steps[compute] = max(1, min(longest, int(CALL_SECONDS / call(compute))))
+        # Few steps say little of many: the first ones wait for threads to wake.
+        while (taken := call(compute)) * steps[compute] < CALL_SECONDS and steps[compute] < longest:
+            steps[compute] = min(longest, max(2 * steps[compute], int(CALL_SECONDS / taken)))
     began = time.perf_counter()
     while len(times[candidates[-1]]) < calls or (calls > 1 and time.perf_counter() - began < MEASURE_SECONDS):
         for compute in candidates:

@@ -29,7 +29,7 @@ SMALL = ["--model", "lenet-300-100", "--dataset", "digits", "--rounds", "5"]
 def test_the_document(monkeypatch, capfd):
     out, _ = bench(monkeypatch, capfd, *SMALL, "--json")
     document = json.loads(out)
-    assert document.keys() == {"machine", "versions", "rows"}
+    assert document.keys() == {"when", "commit", "machine", "versions", "rows"}
     rows = {row["path"]: row for row in document["rows"]}
     assert document["rows"][0]["path"] == OURS
     for row in rows.values():

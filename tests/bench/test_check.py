@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import tomllib
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastlth.bench import check, counts, memory, rounds, step
+from fastlth import bench
+from fastlth.bench import check, counts, memory, record, rounds, step
 from fastlth.bench.paired import Paired
 from fastlth.bench.rivals import Eager, Plain
 from fastlth.bench.subject import Ours, masks_of_round, random_source, recipe_for, row
@@ -188,7 +192,8 @@ def test_bench_step_prints_one_document_and_draws(command, monkeypatch, tmp_path
     megabytes = {"ours": 100, "eager": 200, "plain": 300}
     monkeypatch.setattr(memory, "peak_bytes", lambda recipe, subject, paths, round: {p: megabytes[p] for p in paths})
     code, out, err = command("bench", "step", "lenet-300-100", "digits", "--rounds", "0,20",
-                          "--seconds", "0.2", "--no-compiled", "--json", "--plot", "step.svg")  # fmt: skip
+                          "--seconds", "0.2", "--no-compiled", "--json", "--plot", "step.svg",
+                          "--record", "sub/r.jsonl")  # fmt: skip
     assert code == 0, err
     document = json.loads(out)
     fields = {"subject", "model", "dataset", "path", "density", "images_per_second", "against", "ratio", "ratio_low",
@@ -202,3 +207,25 @@ def test_bench_step_prints_one_document_and_draws(command, monkeypatch, tmp_path
         (100, 200), (100, 200), (100, 300), (200, 300)
     ]  # fmt: skip
     assert (tmp_path / "step.svg").read_text().count("<path") > 10
+    kept = json.loads((tmp_path / "sub" / "r.jsonl").read_text())
+    assert {k: kept[k] for k in document} == document
+    first, last = kept["accuracy"].values()
+    assert first > 0.9 and last > 0.9
+
+
+def test_records_are_added_and_none_is_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "accuracy", lambda: {"net": 0.5})
+    for number in (1, 2):
+        record.append({"rows": [number]}, tmp_path / "r.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert lines == [{"rows": [n], "accuracy": {"net": 0.5}} for n in (1, 2)]
+
+
+def test_a_document_says_when_where_and_of_what(monkeypatch, tmp_path):
+    document = bench.document([])
+    assert datetime.fromisoformat(document["when"]).tzinfo is not None
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                          capture_output=True, text=True)  # fmt: skip
+    assert document["commit"] == (done.stdout.strip() or None)
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "lib" / "fastlth" / "bench" / "__init__.py"))
+    assert bench.commit() is None

@@ -13,7 +13,7 @@ from fastlth.search import InRound, RoundFinished, find_tickets
 from fastlth.training import resolve
 from fastlth.training.engines import sparse
 from fastlth.training.engines.make import make_engine
-from fastlth.training.lines import Line, one_thread
+from fastlth.training.lines import Line
 from fastlth.training.trainer import ChunkDone
 from tests.helpers import (
     assert_close_by_norm,
@@ -199,9 +199,9 @@ def test_numbers_of_every_normalisation_are_those_of_the_table():
 
 
 @pytest.mark.parametrize(("speeds", "expected"), [
-    ({"sparse 2": 3.0, "sparse 1": 2.0, "dense": 1.0}, ("sparse", 2, 0.37, 0.25)),
-    ({"sparse 2": 1.0, "sparse 1": 2.0, "dense": 1.5}, ("sparse", 2, 0.37, 0.25)),
-    ({"sparse 2": 1.0, "sparse 1": 2.0, "dense": 3.0}, ("dense", 2, 0.0, -1.0)),
+    ({"sparse 2": 3.0, "sparse 1": 2.0, "dense": 1.0}, ("sparse", 2, 0.28)),
+    ({"sparse 2": 1.0, "sparse 1": 2.0, "dense": 1.5}, ("sparse", 2, 0.28)),
+    ({"sparse 2": 1.0, "sparse 1": 2.0, "dense": 3.0}, ("dense", 2, 0.0)),
 ])  # fmt: skip
 def test_auto_takes_the_fastest(speeds, expected, monkeypatch):
     recipe = sparse_recipe(compute__engine="auto", compute__threads=0, compute__break_even=-1.0)
@@ -209,25 +209,28 @@ def test_auto_takes_the_fastest(speeds, expected, monkeypatch):
     def measure(recipe, candidates, make_engine, *, calls=3, density=1.0):
         return {c: speeds[f"sparse {c.threads}" if c.engine == "sparse" else "dense"] for c in candidates}
 
-    found = {2: Line(2.745, (2.4, 3.0, 3.6)), 1: Line(9.0, (2.3, 3.5, 4.7))}  # they cross at 0.25
+    found = {2: Line(2.57, (2.4, 3.0, 3.6)), 1: Line(9.0, (2.3, 3.5, 4.7))}
     monkeypatch.setattr(resolve, "_measure", measure)
     monkeypatch.setattr(resolve, "_lines", lambda *_: found)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     chosen = resolve.resolve(recipe, lambda _: None).compute
-    assert (chosen.engine, chosen.threads, chosen.break_even, chosen.one_thread) == expected
+    assert (chosen.engine, chosen.threads, chosen.break_even) == expected
 
 
-def test_one_thread_for_all_where_several_are_never_faster(monkeypatch):
-    recipe = sparse_recipe(compute__engine="sparse", compute__threads=0, compute__break_even=-1.0)
+@pytest.mark.parametrize(("rounds", "threads"), [(1, 2), (12, 1)])
+def test_threads_are_those_of_the_fastest_search(rounds, threads, monkeypatch):
+    recipe = sparse_recipe(compute__engine="sparse", compute__threads=0, compute__break_even=-1.0, prune__rounds=rounds)
     monkeypatch.setattr(resolve, "_measure", lambda _, candidates, *__, **___: dict.fromkeys(candidates, 1.0))
-    monkeypatch.setattr(resolve, "_lines", lambda *_: {2: Line(5.0, (2.0, 4.0, 6.0)), 1: Line(3.0, (1.0, 2.0, 3.0))})
+    # two are faster while dense, one alone later on
+    found = {2: Line(1.0, (0.6, 0.9, 1.2)), 1: Line(1.1, (0.3, 0.8, 1.3))}
+    monkeypatch.setattr(resolve, "_lines", lambda *_: found)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    chosen = resolve.resolve(recipe, lambda _: None).compute
-    assert (chosen.threads, chosen.one_thread, chosen.break_even) == (1, 1.0, 0.8)
+    took = {t: sum(found[t].seconds(0.8**k) for k in range(rounds + 1)) for t in found}
+    assert resolve.resolve(recipe, lambda _: None).compute.threads == threads == min(took, key=took.__getitem__)
 
 
-@pytest.mark.parametrize(("asked", "expected"), [({"threads": 2}, (2, -1.0, 0.2)), ({"one_thread": 0.5}, (2, 0.5, 0.2)),
-                                                 ({"break_even": 0.9}, (1, 1.0, 0.9))])  # fmt: skip
+@pytest.mark.parametrize(("asked", "expected"), [({"threads": 2}, (2, 0.2)), ({"break_even": 0.9}, (1, 0.9)),
+                                                 ({"threads": 2, "break_even": 0.9}, (2, 0.9))])  # fmt: skip
 def test_what_was_asked_for_is_taken(asked, expected, monkeypatch):
     settings = {"threads": 0, "break_even": -1.0, **asked}
     recipe = sparse_recipe(compute__engine="sparse", **{f"compute__{k}": v for k, v in settings.items()})
@@ -236,7 +239,27 @@ def test_what_was_asked_for_is_taken(asked, expected, monkeypatch):
     monkeypatch.setattr(resolve, "_lines", lambda _, __, counts, ___: {t: found[t] for t in counts})
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     chosen = resolve.resolve(recipe, lambda _: None).compute
-    assert (chosen.threads, chosen.one_thread, chosen.break_even) == expected
+    assert (chosen.threads, chosen.break_even) == expected
+
+
+def test_an_engine_is_timed_over_as_many_steps_as_take_ten_milliseconds(monkeypatch):
+    """A call takes 2 ms before its first step: of one step, it says nothing."""
+    now, calls = [0.0], []
+
+    class Slow:
+        def interval(self):
+            pass
+
+        def run(self, first, last):
+            now[0] += 0.002 + 0.0001 * (last - first)
+            calls.append(last - first)
+
+    monkeypatch.setattr(resolve.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(resolve.time, "sleep", lambda _: None)
+    recipe = small_recipe("lenet-300-100", "digits", evaluate__every=100, train__iterations=1000)
+    rates = resolve._measure(recipe, [recipe.compute], lambda _: Slow())
+    assert calls[-1] == 100 or 0.002 + 0.0001 * calls[-1] >= resolve.CALL_SECONDS
+    assert rates[recipe.compute] > 0.7 * recipe.train.batch_size / 0.0001
 
 
 def test_lines_are_of_the_steps_that_were_measured(monkeypatch):
@@ -260,29 +283,6 @@ def test_lines_are_of_the_steps_that_were_measured(monkeypatch):
 ])  # fmt: skip
 def test_the_break_even_is_where_two_lines_cross(kept, dense, crossing):
     assert Line(dense, kept).break_even == pytest.approx(crossing)
-
-
-@pytest.mark.parametrize(("alone", "several", "expected"), [
-    (Line(2.0, (0.5, 1.1, 1.7)), Line(1.0, (0.6, 0.9, 1.2)), 0.30),  # 0.1 + 2d against 0.4 + d
-    (Line(1.0, (0.2, 0.5, 0.8)), Line(1.0, (0.2, 0.5, 0.8)), 1.0),
-    (Line(2.0, (1.2, 1.5, 1.8)), Line(1.0, (0.2, 0.5, 0.8)), 0.0),
-    (Line(0.9, (0.5, 1.1, 1.7)), Line(1.0, (0.6, 0.9, 1.2)), 0.30),  # faster again at 1, but not in between
-])  # fmt: skip
-def test_one_thread_from_the_density_where_it_is_no_slower(alone, several, expected):
-    assert one_thread(alone, several) == pytest.approx(expected)
-
-
-def test_a_sparse_net_is_trained_by_one_thread_and_a_denser_one_by_all():
-    recipe = sparse_recipe(compute__one_thread=0.5)
-    engine = make_engine(recipe, random_source("digits"))
-    assert engine.threads == 2
-    weights = {n: w.clone() for n, w in engine.weights().items()}
-    for density, threads in ((0.6, 2), (0.4, 1), (0.7, 2)):
-        engine.set_masks({n: torch.rand(weights[n].shape) < density for n in engine.prunable})
-        engine.rewind(weights)
-        engine.run(0, 5)
-        assert engine.threads == threads
-        assert np.isfinite(engine.interval().loss)
 
 
 def test_auto_on_a_gpu_that_is_not_there_is_a_device_error():

@@ -67,8 +67,7 @@ def _linear(net: nn.Module) -> list[nn.Linear]:
 
 
 class SparseEngine:
-    """``recipe.compute`` is resolved: threads, the density at or below which a layer runs from kept weights, and the
-    net's density at or below which one thread trains it."""
+    """``recipe.compute`` is resolved: threads, and the density at or below which a layer runs from kept weights."""
 
     name = "sparse"
 
@@ -110,13 +109,11 @@ class SparseEngine:
         return {name.removesuffix(".weight"): "dense" if dense else "kept" for name, dense in self._layout.items()}
 
     def _laid_out(self) -> Any:
-        compute = self._recipe.compute
-        self._layout = {w: float(m.float().mean()) > compute.break_even for w, m in self._masks.items()}
-        density = sum(int(m.sum()) for m in self._masks.values()) / sum(m.numel() for m in self._masks.values())
-        self.threads = compute.threads if density > compute.one_thread else 1
+        limit = self._recipe.compute.break_even
+        self._layout = {w: float(m.float().mean()) > limit for w, m in self._masks.items()}
         return self._mlp.MaskedMlp(
             [m.numpy() for m in self._masks.values()], list(self._layout.values()), self._optimizer,
-            self._scales, self._shifts, batch=self._recipe.train.batch_size, threads=self.threads,
+            self._scales, self._shifts, batch=self._recipe.train.batch_size, threads=self._recipe.compute.threads,
             pool=self._pool,
         )  # fmt: skip
 

@@ -111,6 +111,7 @@ def _step(
     if kept.choose({"0.weight": mask}):
         optimizer.move(kept.values)
     pruned = {"0.weight": ~mask}
+    optimizer.hold(pruned)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         dy = torch.randn_like(net(x))
 

@@ -71,26 +71,35 @@ def test_pruned_weights_are_zero_after_every_step(name, precision):
         assert (moved > 0).any() and (moved < 0).any() and (moved != 0).double().mean() > 0.8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_nan_gradient_at_a_pruned_weight_changes_nothing(name):
+def test_a_nan_gradient_at_a_pruned_weight_changes_nothing(name, held, dtype):
     recipe = small_recipe(**OPTIMIZERS[name])
-    weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    weight = weight.to(memory_format=torch.channels_last)
     mask = half_masks({"w": weight})["w"]
 
-    def train(poison: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        parameter = torch.nn.Parameter(torch.where(mask, weight, 0.0))
+    def train(poison: float, held: bool = held) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        start = torch.where(mask, weight, 0.0).to(memory_format=torch.channels_last)
+        parameter = torch.nn.Parameter(start)
         optimizer = MaskedOptimizer({"w": parameter}, recipe.train)
+        if held:
+            optimizer.hold({"w": torch.zeros_like(mask)})  # those of the round before
+            optimizer.hold({"w": ~mask})
         for step in range(5):
-            gradient = torch.sin(weight * (step + 1))
+            gradient = torch.sin(weight * (step + 1)).to(memory_format=torch.channels_last)
             gradient[~mask] = poison
             parameter.grad = gradient
             optimizer.step({"w": ~mask})
         return parameter.detach(), optimizer.state
 
-    (clean, clean_state), (poisoned, poisoned_state) = train(0.0), train(float("nan"))
-    assert_same_bits({"w": clean}, {"w": poisoned})
-    assert_same_bits(clean_state, poisoned_state)
-    assert (bits(clean)[~mask] == 0).all()
+    clean, clean_state = train(0.0, held=False)
+    for poison in (float("nan"), -float("inf"), -0.0):
+        poisoned, poisoned_state = train(poison)
+        assert_same_bits({"w": clean}, {"w": poisoned})
+        assert_same_bits(clean_state, poisoned_state)
+    assert (bits(clean[~mask]) == 0).all()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -130,6 +130,7 @@ class DenseEngine:
     def set_masks(self, masks: Tensors) -> None:
         self._kept.write_back()
         mask_tools.copy_(self._pruned, {name: ~m for name, m in masks.items()})
+        self._optimizer.hold(self._pruned)
         if self._recipe.compute.kernels == "triton":
             from fastlth.training.masked_modules import write_masks
 

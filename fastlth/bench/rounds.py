@@ -10,23 +10,22 @@ import torch
 from fastlth.bench import memory
 from fastlth.bench.paired import Work, paired
 from fastlth.bench.rivals import Eager, normalised
-from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row
+from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row, settle
 from fastlth.data.sources import Source
-from fastlth.recipe import Recipe
-from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import resolve
+from fastlth.recipe import ComputeSection, Recipe
 
 TEST_EVERY = 4  # a search reads the test set at new minima only: about every fourth evaluation
 
 
 def rows(
-    model: str, dataset: str, *, interval: int = 100, seconds: float = 10.0, peaks: bool = True
+    model: str, dataset: str, *, interval: int = 100, seconds: float = 10.0, peaks: bool = True,
+    compute: ComputeSection | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Ours against eager, both with the paper's evaluations: 5,000 validation and 10,000 test images. With ``peaks``,
-    what each takes of memory."""
+    what each takes of memory; ``compute`` as in ``step.rows``."""
     recipe = with_validation(recipe_for(model, dataset))
     images = source(recipe)
-    compute = resolve(recipe, lambda candidate: make_engine(candidate, images)).compute
+    compute = compute or settle(recipe, images)
     recipe = dataclasses.replace(recipe, compute=compute)
     ours, eager = (work(recipe, images, path, interval=interval) for path in ("ours", "eager"))
     result = paired(ours, eager, budget=seconds, **blocks_on(compute.device, interval))

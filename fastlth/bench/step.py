@@ -12,25 +12,24 @@ from torch import Tensor
 from fastlth.bench import memory, peak
 from fastlth.bench.paired import Work, paired
 from fastlth.bench.rivals import Eager, Plain
-from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row
+from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row, settle
 from fastlth.data.sources import Source
-from fastlth.recipe import Recipe
-from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import resolve
+from fastlth.recipe import ComputeSection, Recipe
 
 OUR_DENSE = "our dense engine"
 
 
 def rows(
     model: str, dataset: str, rounds: Sequence[int], *, seconds: float = 3.0, compiled: bool = False,
-    dense: bool = False, peaks: bool = True,
+    dense: bool = False, peaks: bool = True, compute: ComputeSection | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """One row per path and density; about ``seconds`` each. ``share`` is of the peak measured in this run, counting
     the multiplications of the dense net; ``kept_layers`` of ours ran from their kept weights alone. With ``dense``,
     our dense engine with all layers dense too, where ``auto`` took another one or lets layers leave it. With ``peaks``,
-    what each path takes of memory, measured once with the masks of the first round."""
+    what each path takes of memory, measured once with the masks of the first round. ``compute`` is what ``settle``
+    gives, found out where it is not given."""
     recipe, source = recipe_for(model, dataset), random_source(dataset)
-    compute = resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
+    compute = compute or settle(recipe, source)
     recipe = dataclasses.replace(recipe, compute=compute)
     limit, flops = peak.measure(compute.device.split(":")[0]), peak.flops_per_image(recipe)
     batch, blocks = recipe.train.batch_size, blocks_on(compute.device)

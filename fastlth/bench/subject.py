@@ -19,9 +19,10 @@ from fastlth.composition import compose
 from fastlth.data.sources import Images, Source
 from fastlth.models import skeleton, weight_names
 from fastlth.pruning import groups, layer_rates
-from fastlth.recipe import Recipe
+from fastlth.recipe import ComputeSection, Recipe
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine
+from fastlth.training.resolve import resolve
 
 IMAGES = 8_192  # more than the caches hold, less than a laptop's patience
 ROWS = 1_000  # steps between two readings of an engine's record
@@ -51,6 +52,11 @@ def random_source(dataset: str, images: int = IMAGES, seed: int = 0) -> Source:
         return Images(pixels, rng.integers(0, facts.classes, count))
 
     return Source(dataset, some(min(images, facts.train)), some(min(1_000, facts.test)))
+
+
+def settle(recipe: Recipe, source: Source) -> ComputeSection:
+    """What every ``auto`` of the recipe becomes here; takes some seconds."""
+    return resolve(recipe, lambda candidate: make_engine(candidate, source)).compute
 
 
 def masks_of_round(recipe: Recipe, round: int) -> tuple[dict[str, Tensor], float]:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_kernels
+from benchmarks import gpu, gpu_numerics
 
 
 def run(tmp_path, *more: str) -> tuple[int, dict]:
@@ -36,13 +36,13 @@ def test_when_the_time_is_over_the_rest_is_named(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), 1.0])
 def test_a_wrong_kernel_is_found_and_nothing_timed(tmp_path, monkeypatch, value):
-    right = gpu_kernels.masked_linear.masked_linear
+    right = gpu_numerics.masked_linear.masked_linear
 
     def wrong(*arguments):
         y = right(*arguments)
         return y + torch.zeros_like(y).index_fill(2, torch.tensor(3), value)
 
-    monkeypatch.setattr(gpu_kernels.masked_linear, "masked_linear", wrong)
+    monkeypatch.setattr(gpu_numerics.masked_linear, "masked_linear", wrong)
     code, found = run(tmp_path)
     assert code == 1 and not found["rows"]
     assert {check["check"].split()[0] for check in found["checks"] if not check["passed"]} == {"masked_linear"}
@@ -84,7 +84,7 @@ def test_invariants_on_the_device(tmp_path):
 
 
 def test_nan_is_the_largest_error():
-    assert math.isnan(gpu_kernels._largest(0.5, float("nan"), 0.1))
+    assert math.isnan(gpu_numerics._largest(0.5, float("nan"), 0.1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

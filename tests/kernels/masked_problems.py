@@ -175,9 +175,10 @@ class Conv:
         at = (self.stride, self.padding)
         self.forward(conv_kernels.forward(self.x, self.w, self.bits, self.b, *at, tiles))
         self.input_grad(conv_kernels.input_grad(self.dy, self.w, self.bits, *self.x.shape[2:], *at, tiles))
+        few = tiles and tiles._replace(inner=16)  # pixels at a time: a few of them already make several parts
         for deterministic in (True, False):
             dw = conv_kernels.weight_grad(self.dy, self.x, self.w, self.bits, *at,
-                                          deterministic=deterministic, parts=parts, config=tiles)  # fmt: skip
+                                          deterministic=deterministic, parts=parts, config=few)  # fmt: skip
             self.weight_grad(dw)
 
 

@@ -85,6 +85,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     budget.write_text(budget.read_text().replace(f"registers = {before}", f"registers = {before - 1}"))
     assert aot.main([]) == 3
     assert f"product sm_90: registers {before}, budget {before - 1}: worse" in capsys.readouterr().err
+    with budget.open("a") as file:
+        file.write('"gone sm_90" = {registers = 1}\n')
+    assert aot.main([]) == 3
+    assert "gone sm_90: is in kernel_budget.toml and nowhere else: run --update" in capsys.readouterr().err
     budget.write_text(budget.read_text().replace(f'"{triton.__version__}"', '"0.0.1"'))
     assert aot.main([]) == 0
     assert "only the laws" in capsys.readouterr().out

@@ -80,3 +80,5 @@ def test_opcheck_and_one_graph():
     prune = torch.compile(km.prune_lowest, fullgraph=True, backend="aot_eager")
     prune(weights, mine, 9, [0, 1], 2, (1, 2))
     assert sum(int(unpack(b, w.shape[-1]).sum()) for w, b in zip(weights, mine, strict=True)) == 12 + 90 - 9
+    found = torch.compile(km.kth_magnitude, fullgraph=True, backend="aot_eager")
+    assert torch.equal(found(weights, words, 9), km.kth_magnitude(weights, words, 9))

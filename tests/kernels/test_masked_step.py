@@ -23,10 +23,13 @@ def test_random_steps(case):
         check_step(case)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_kernel(interpreted, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [("sgd", {}), ("sgd", {"nesterov": True}), ("sgd", {"momentum": 0.0}), ("adam", {}), ("adamw", {})],
+)
+def test_kernel(interpreted, optimizer, changes):
     """Several blocks per tensor, rows of whole words and not, a tensor without a mask."""
-    check_step({**CASE, "optimizer": optimizer})
+    check_step({**CASE, "optimizer": optimizer, **changes})
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

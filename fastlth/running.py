@@ -414,9 +414,8 @@ def _settle(
     here = environment(compute) | ({} if team is None else {"processes": str(team.size)})
     before = kept.get("environment", here)
     if before != here and moved is None:
-        names = [k for k in {**here, **before} if before.get(k) != here.get(k)]
-        changed = [f"{k} {before.get(k)} -> {here.get(k)}" for k in names]
-        moved = ", ".join(changed)
+        now, then = ({"processes": "1", **e} for e in (here, before))
+        moved = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in now | then if then.get(k) != now.get(k))
     if directory.resolved is None or moved:
         log = [*kept.get("moved", []), *([moved] if moved else [])]
         directory.write_recipe(recipe, {**kept, "environment": here, **({"moved": log} if log else {})})

@@ -58,7 +58,10 @@ def reproduce(
     elif figure is None:
         raise RecipeError("reproduce needs a figure such as fc-4 ('fastlth reproduce --list' shows all)")
     else:
-        wanted = None if on is None else {"on": on, "address": address, "cores": cores, "gpus": gpus}
+        where = {"address": address, "cores": cores, "gpus": gpus}
+        if on is None and (given := [f"--{name}" for name, value in where.items() if value is not None]):
+            raise RecipeError(f"{given[0]} is about workers; add --on local or --on ray")
+        wanted = None if on is None else {"on": on, **where}
         document = _reproduce(figure, scale, out, report, dry_run, data_dir, screen, wanted)
     if json:
         json_document(document)

@@ -31,8 +31,8 @@ class Slot:
 
     cores: tuple[int, ...]
     """numbers of processors; empty: all"""
-    gpu: str | None = None
-    """as CUDA_VISIBLE_DEVICES names it"""
+    gpu: str = ""
+    """as CUDA_VISIBLE_DEVICES names it; empty: none"""
 
 
 def slots(cores: Sequence[int], size: int, gpus: Sequence[str] = (), share: float = 1.0) -> list[Slot]:
@@ -97,14 +97,12 @@ class Local:
             worker.pipe.close()  # which ends it when its task has
         deadline = time.monotonic() + GRACE_SECONDS
         for worker in self._hired:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            _end(worker.process, deadline - time.monotonic())
 
     def _hire(self, slot: Slot) -> _Worker:
         ours, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=_work, args=(theirs, self._place), name="fastlth-worker", daemon=True)
+        # no daemon: that could start no processes, as one's own data may (docs/own-nets.md)
+        process = SPAWN.Process(target=_work, args=(theirs, self._place), name="fastlth-worker", daemon=False)
         with _inherited(slot):
             process.start()
         theirs.close()
@@ -115,7 +113,7 @@ class Local:
         """The slot is empty again; what becomes of the task that the worker had."""
         from fastlth.scaling.perform import Outcome
 
-        worker.process.join()
+        _end(worker.process, GRACE_SECONDS)
         worker.pipe.close()
         self._hired.remove(worker)
         self._empty.append(worker.slot)
@@ -123,6 +121,13 @@ class Local:
             return None
         text = f"its process {worker.process.pid} ended with {_cause(worker.process.exitcode)}"
         return Outcome(worker.task, "lost", text, time.monotonic() - worker.began)
+
+
+def _end(process: BaseProcess, seconds: float) -> None:
+    process.join(max(0.0, seconds))
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 @contextlib.contextmanager
@@ -133,16 +138,14 @@ def _inherited(slot: Slot) -> Iterator[None]:
     try:
         if affinity is not None:
             os.sched_setaffinity(0, slot.cores)
-        if slot.gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot.gpu
         yield
     finally:
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
-        elif slot.gpu is not None:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 
 def _work(pipe: Connection, place: Place) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fastlth.errors import EnvironmentFailure, RecipeError
+from fastlth.scaling.machine import GROUP
 from fastlth.scaling.perform import LOGS, Outcome, Place, perform
 from fastlth.scaling.tasks import Task, Worker
 from fastlth.store import atomic
 
-GROUP = 4
 OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster made here; outcomes are all that lies in it
 RETRIES = 3
 LOOK_FOR_STOP_SECONDS = 1.0
@@ -104,7 +104,8 @@ class OnRay:
         self._running[ref] = task.name, time.monotonic()
 
     def wait(self, seconds: float) -> list[Outcome]:
-        if not self._running:
+        if not self._running:  # all that is left has been put off
+            time.sleep(seconds)
             return []
         refs = list(self._running)
         if not self._ray.wait(refs, num_returns=1, timeout=seconds)[0]:
@@ -126,7 +127,8 @@ class OnRay:
             found: Outcome = self._ray.get(ref)
             return found
         except errors.RayTaskError as error:  # it could not even be begun, such as where fastlth is not installed
-            return Outcome(name, "failed", str(error).strip().splitlines()[-1], time.monotonic() - began)
+            text = str(error).strip().splitlines()[-1]
+            return Outcome(name, "failed", text, time.monotonic() - began, EnvironmentFailure.exit_code)
         except errors.RayError as error:
             text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             return Outcome(name, "lost", text, time.monotonic() - began)

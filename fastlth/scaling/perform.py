@@ -6,6 +6,7 @@ OUT/logs/<task>.log    what the task said each time it was begun, and why it fai
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import signal
@@ -59,8 +60,10 @@ class Place:
     data_dir: Path | None = None
 
     def log(self, task: str) -> Path:
-        readable = re.sub(r"[^\w.=-]+", "-", task).strip("-")
-        return self.out / LOGS / f"{readable[:LONGEST_NAME]}.log"
+        readable = re.sub(r"[^\w.=-]+", "-", task, flags=re.ASCII).strip("-")
+        if len(readable) > LONGEST_NAME:  # what tells two tasks apart may stand at the end
+            readable = f"{readable[:LONGEST_NAME]}-{hashlib.sha256(task.encode()).hexdigest()[:8]}"
+        return self.out / LOGS / f"{readable}.log"
 
 
 def perform(task: Task, place: Place, stopped: Stop = lambda: None) -> Outcome:

@@ -1,7 +1,7 @@
 """What a set of tasks will take: hours, by list scheduling of measured paces, and bytes.
 
 A training's seconds are those of ``estimate.py``: its engine is made and some intervals are timed. A task's are the sum
-over its trainings, divided by how many run side by side. The simulated schedule is the scheduler's: in order, to the
+over its trainings, divided by how many run at once. The simulated schedule is the scheduler's: in order, to the
 first worker that is free.
 """
 
@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastlth.experiments.figures.declare import Branched
 from fastlth.experiments.figures.work import Training
 from fastlth.models import skeleton, weight_names
 from fastlth.recipe import Recipe
-from fastlth.scaling.tasks import Task, Worker
+from fastlth.scaling.tasks import Task, Worker, chained
 
 TASK_SECONDS = 1.0
 """what a task costs beside its training: data, engine, files, the search's ticket read"""
@@ -85,10 +86,13 @@ def alone(training: Training) -> Training:
 
 
 def beside(task: Task, worker: Worker) -> int:
-    """How many of the task's trainings run side by side."""
-    many = worker.together(task.job.recipe)
-    count = max((len(f.rounds) for f in task.job.follow), default=1) if task.follows else task.job.replicates
-    return max(1, min(many, count))
+    """How many of the task's trainings run at once."""
+    if not task.follows:
+        return min(worker.replicates(task.job.recipe), task.job.replicates)
+    (follow,) = task.job.follow
+    if not isinstance(follow, Branched) or chained(follow):
+        return 1
+    return max(1, min(worker.together(task.job.recipe), len(follow.rounds)))
 
 
 def simulate(tasks: Sequence[Task], seconds: Mapping[str, float], workers: int) -> float:

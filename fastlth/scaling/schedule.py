@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from fastlth.errors import EnvironmentFailure
 from fastlth.experiments.figures.work import Training
 from fastlth.scaling.perform import Outcome
 from fastlth.scaling.tasks import Task
@@ -169,7 +170,8 @@ class _Run:
             self._losses[outcome.task] = losses, count
             again = losses < LOSSES
             if not again:
-                outcome = Outcome(outcome.task, "failed", f"lost {losses} times in a row: {outcome.text}")
+                text = f"lost {losses} times in a row: {outcome.text}"
+                outcome = Outcome(outcome.task, "failed", text, outcome.seconds, EnvironmentFailure.exit_code)
         if again and not stopping:
             wait = PUT_OFF_SECONDS if outcome.status == "held" else 0.0
             self._queue.put(outcome.task, time.monotonic() + wait)

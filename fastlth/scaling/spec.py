@@ -177,7 +177,7 @@ def _section(settings: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _choices(section: str, name: str, value: Any) -> list[Any]:
     """The values that a setting takes in turn."""
     hint = typing.get_type_hints(SECTIONS[section]).get(name)
-    listed = typing.get_origin(hint) is tuple
+    listed = any(typing.get_origin(kind) is tuple for kind in (hint, *typing.get_args(hint)))  # tuple, or tuple | None
     if not isinstance(value, list) or (listed and not (value and all(isinstance(v, list) for v in value))):
         return [value]
     if not value:

@@ -13,13 +13,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlth.errors import DeviceError
 from fastlth.experiments.figures.declare import Branched, Carried, Copied, Follow
 from fastlth.experiments.figures.scale import Job
 from fastlth.experiments.figures.work import NEEDS_DENSE, Training, follow_trainings, trainings
 from fastlth.recipe import Recipe
 from fastlth.store.run import parent_folder
 from fastlth.training import resolve
+from fastlth.training.engines import fleet
+
+FLEET = 32
+"""replicates that one task trains as one on a GPU, at most"""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,19 @@ class Worker:
 
         They share one process, its data and what ``auto`` became. A GPU trains one after the other.
         """
-        if self.gpus:
+        if self._on_gpu(recipe):
             return 1
         on_cpu = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, device="cpu"))
-        try:
-            return self.cores if resolve.engine(on_cpu) != "dense" else 1
-        except DeviceError:
-            return 1
+        return self.cores if resolve.engine(on_cpu) in ("auto", "sparse") else 1
+
+    def replicates(self, recipe: Recipe) -> int:
+        """Replicates of one search that a task takes: those that run side by side, or that a GPU trains as one."""
+        if self._on_gpu(recipe) and recipe.compute.engine in ("auto", "graph") and not fleet.unsupported(recipe):
+            return FLEET
+        return self.together(recipe)
+
+    def _on_gpu(self, recipe: Recipe) -> bool:
+        return self.gpus > 0 and recipe.compute.device != "cpu"
 
 
 def tasks(jobs: Iterable[Job], worker: Worker) -> list[Task]:
@@ -84,7 +93,7 @@ def tasks(jobs: Iterable[Job], worker: Worker) -> list[Task]:
 def _searches(job: Job, worker: Worker) -> Iterator[Job]:
     """The job without what follows, as few parts as possible with replicates that run side by side."""
     bare = dataclasses.replace(job, follow=())
-    size = 1 if job.plan is not None else max(1, min(job.replicates, worker.together(job.recipe)))
+    size = 1 if job.plan is not None else max(1, min(job.replicates, worker.replicates(job.recipe)))
     for first in range(0, job.replicates, size):
         yield _replicates(bare, first, min(size, job.replicates - first))
 

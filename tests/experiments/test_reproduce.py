@@ -312,12 +312,15 @@ def test_the_estimate_is_measured(out, monkeypatch):
     assert estimate.estimate(work.trainings(jobs(find("fc-3"), "smoke"), out), out, None) == 0
 
 
-def test_the_estimate_follows_the_density(monkeypatch):
+@pytest.mark.parametrize(
+    "compute", [{"engine": "sparse", "break_even": 0.5}, {"engine": "dense", "compile": "off", "kept": {"fc1": 0.5}}]
+)
+def test_the_estimate_follows_the_density(monkeypatch, compute):
     """With an engine whose step takes a second per kept weight of a layer: dense is timed dense."""
     (job,) = jobs(find("fc-3"), "smoke")
     sparse = dataclasses.replace(
         job.recipe,
-        compute=dataclasses.replace(job.recipe.compute, engine="sparse", break_even=0.5),
+        compute=dataclasses.replace(job.recipe.compute, **compute),
         prune=dataclasses.replace(job.recipe.prune, rounds=10),
     )
     monkeypatch.setattr(estimate, "_step", lambda engine, recipe: float((engine.weights()["fc1.weight"] != 0).sum()))

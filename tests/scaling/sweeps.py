@@ -28,11 +28,14 @@ BASE = {
 }  # fmt: skip
 
 
-def write_spec(path: Path, *, seeds: object = 2, branches: str = "", **settings: object) -> Path:
-    """A sweep of LeNet-300-100 on the digits; keyword train__lr is train.lr."""
+def write_spec(
+    path: Path, *, seeds: object = 2, branches: str = "", model: str = "lenet-300-100", dataset: str = "digits",
+    **settings: object,
+) -> Path:  # fmt: skip
+    """A sweep, of LeNet-300-100 on the digits where not said otherwise; keyword train__lr is train.lr."""
     values = {**BASE, **{name.replace("__", "."): value for name, value in settings.items()}}
     lines = [f"{key} = {_toml(value)}" for key, value in values.items()]
-    path.write_text(f'model = "lenet-300-100"\ndataset = "digits"\nseeds = {seeds}\n[settings]\n'
+    path.write_text(f'model = "{model}"\ndataset = "{dataset}"\nseeds = {seeds}\n[settings]\n'
                     + "\n".join(lines) + "\n" + branches)  # fmt: skip
     return path
 
@@ -41,6 +44,43 @@ def _toml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+OWN = """
+import multiprocessing
+import numpy as np
+from torch import nn
+
+def net(shape, classes):
+    channels, height, width = shape
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(4 * height * width, classes))
+
+def part(seed):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8), np.arange(120) % 4
+
+def arrays(): return part(0), part(1)
+
+def read_by_others():  # as slow data often is
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return tuple(pool.map(part, (0, 1)))
+"""
+OWN_SETTINGS: dict[str, object] = {"data__validation": 20, "train__batch_size": 16}
+
+
+def own_code(folder: Path, name: str) -> None:
+    """A module of one's own, and a folder of images ``flowers``, in ``folder``."""
+    from PIL import Image
+
+    (folder / f"{name}.py").write_text(OWN)
+    draw = random.Random(0)
+    for split in ("train", "val"):
+        for number in range(2):
+            (folder / "flowers" / split / str(number)).mkdir(parents=True)
+            for i in range(40):
+                colour = tuple(draw.randrange(100) + 100 * (c == number) for c in range(3))
+                Image.new("RGB", (9 + i % 3, 8), colour).save(folder / "flowers" / split / str(number) / f"{i}.png")
 
 
 def small_sweep(folder: Path, **given: object) -> Sweep:
@@ -96,6 +136,7 @@ class Murderer(threading.Thread):
         self._place, self._kills, self._draw = place, kills, random.Random(seed)
         self.killed: list[tuple[Path, int, dict[int, tuple[int, int]]]] = []
         """(log, its length then, seed -> what it had saved)"""
+        self._dead: set[int] = set()  # a process that has not been reaped yet looks as if it lived
         self.over = threading.Event()
 
     def run(self) -> None:
@@ -110,7 +151,8 @@ class Murderer(threading.Thread):
         for log in (self._place.out / "logs").glob("*to-round*.log"):
             last = log.read_text().rpartition("-- ")[2]
             match = re.match(r"\S+ process (\d+) on", last)
-            if match and "from iteration" in last and os.path.exists(f"/proc/{match[1]}"):
+            alive = match and int(match[1]) not in self._dead and os.path.exists(f"/proc/{match[1]}")
+            if match and alive and "from iteration" in last:
                 found.append((log, int(match[1])))
         return found
 
@@ -124,6 +166,7 @@ class Murderer(threading.Thread):
                     self.killed.append((log, len(text), self._saved(text)))
                 finally:
                     os.kill(pid, signal.SIGKILL)
+                    self._dead.add(pid)
             else:  # it has begun another task meanwhile
                 os.kill(pid, signal.SIGCONT)
         except ProcessLookupError:
@@ -141,6 +184,11 @@ class Murderer(threading.Thread):
                     iteration = int(info["progress"]["iteration"])
             found[int(folder.name[1:])] = rounds, iteration
         return found
+
+
+def times_begun(place: Place) -> int:
+    """How often a task was begun, by the logs."""
+    return sum(len(re.findall(r"^-- .* process", log.read_text(), re.M)) for log in place.out.glob("logs/*.log"))
 
 
 def assert_went_on_from_the_last_save(murderer: Murderer) -> None:

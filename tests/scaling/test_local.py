@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 
 from fastlth.scaling import schedule
-from fastlth.scaling.local import Local, Slot, slots
+from fastlth.scaling.local import Local, Slot, _inherited, slots
 from fastlth.scaling.perform import Place, perform
 from fastlth.scaling.tasks import Worker, tasks
 from tests.scaling.sweeps import (
+    OWN_SETTINGS,
     Murderer,
     assert_same_content,
     assert_went_on_from_the_last_save,
+    own_code,
     small_sweep,
+    times_begun,
     undisturbed,
     write_spec,
 )
@@ -60,6 +63,17 @@ def test_workers_share_cores_and_gpus():
     assert slots(cores, 4, ["0", "1"]) == [Slot((0, 1, 2, 3), "0"), Slot((4, 5, 6, 7), "1")]
     assert [s.gpu for s in slots(cores, 4, ["0", "1"], 0.5)] == ["0", "0", "1", "1"]
     assert [s.cores for s in slots([0, 1], 4, ["0", "1", "2"])] == [(0,), (1,), (0,)]
+
+
+def test_a_worker_sees_its_gpu_and_no_other(monkeypatch):
+    for before in ("0,1", None):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if before:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+        for slot in (Slot((), "1"), Slot(())):
+            with _inherited(slot):
+                assert os.environ["CUDA_VISIBLE_DEVICES"] == slot.gpu
+            assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 def test_tasks_done_in_this_process_leave_the_folder_of_single_runs(tmp_path):
@@ -124,6 +138,23 @@ def test_a_killed_worker_is_replaced_and_its_search_goes_on(tmp_path):
 
 
 @pytest.mark.endurance
+@pytest.mark.parametrize("dataset", ["own_of_local:read_by_others", "imagefolder:flowers"])
+def test_own_nets_and_data_on_workers(tmp_path, monkeypatch, dataset):
+    """Named from the current folder; the data may be read by processes of their own."""
+    own_code(tmp_path, "own_of_local")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    size = {"data__image_size": 8} if "folder" in dataset else {}
+    found = small_sweep(tmp_path, model="own_of_local:net", dataset=dataset, **OWN_SETTINGS, **size,
+                        branches='[[branch]]\nkind = "random-reinit"\nrounds = [1]\n')  # fmt: skip
+    place = Place(tmp_path / "runs")
+    outcomes = spread(found, place)
+    assert [o.status for o in outcomes] == ["done"] * 4, outcomes
+    assert_same_content(place.out, undisturbed(found, tmp_path / "whole"))
+
+
+@pytest.mark.endurance
 def test_twenty_four_searches_and_ten_kills(tmp_path):
     found = small_sweep(tmp_path, seeds=6, prune__rate=[0.1, 0.2, 0.3, 0.4], train__iterations=800,
                         store__save_every=0.1)  # fmt: skip
@@ -134,6 +165,7 @@ def test_twenty_four_searches_and_ten_kills(tmp_path):
     murderer.over.set()
     murderer.join()
     assert [o.status for o in outcomes] == ["done"] * 24 and len(murderer.killed) == 10
+    assert times_begun(place) >= 24 + 10
     assert len(list(place.out.glob("*/r*/search.ticket"))) == 24
     assert_same_content(place.out, undisturbed(found, tmp_path / "whole"))
     assert_went_on_from_the_last_save(murderer)
@@ -201,6 +233,18 @@ def test_the_plan_and_bad_options(command, tmp_path, monkeypatch):
     ):  # fmt: skip
         code, _, err = command("sweep", "spec.toml", *options)
         assert code == 2 and sentence in err
+    code, _, err = command("reproduce", "fc-3", "--cores", "2")
+    assert code == 2 and "--cores is about workers; add --on local or --on ray" in err
+
+
+@pytest.mark.endurance
+def test_the_command_for_a_figure(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command("reproduce", "fc-3", "--scale", "smoke", "--on", "local", "--cores", "1", "--json")
+    assert code == 0, err
+    made = json.loads(out)
+    assert {t["status"] for t in made["tasks"]} == {"done"} and made["pictures"]
+    assert (tmp_path / made["report"] / "report.md").exists()
 
 
 def test_a_figure_on_workers_is_the_figure(tmp_path):

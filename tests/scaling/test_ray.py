@@ -15,10 +15,13 @@ from fastlth.scaling.machine import Wanted
 from fastlth.scaling.perform import Place
 from fastlth.scaling.run import Scaled
 from tests.scaling.sweeps import (
+    OWN_SETTINGS,
     Murderer,
     assert_same_content,
     assert_went_on_from_the_last_save,
+    own_code,
     small_sweep,
+    times_begun,
     undisturbed,
     write_spec,
 )
@@ -97,9 +100,25 @@ def test_twenty_four_searches_and_ten_kills(cluster, tmp_path):
     murderer.over.set()
     murderer.join()
     assert [o.status for o in outcomes] == ["done"] * 24 and len(murderer.killed) == 10
+    assert times_begun(place) >= 24 + 10
     assert len(list(place.out.glob("*/r*/search.ticket"))) == 24
     assert_same_content(place.out, undisturbed(found, tmp_path / "whole"))
     assert_went_on_from_the_last_save(murderer)
+
+
+@pytest.mark.parametrize("dataset", ["own_of_ray:arrays", "imagefolder:flowers"])
+def test_own_nets_and_data(cluster, tmp_path, monkeypatch, dataset):
+    """Named from the folder in which the command runs, which nodes see under the same path."""
+    made, _ = cluster
+    own_code(tmp_path, "own_of_ray")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    size = {"data__image_size": 8} if "folder" in dataset else {}
+    found = small_sweep(tmp_path, model="own_of_ray:net", dataset=dataset, **OWN_SETTINGS, **size)
+    place = Place(tmp_path / "runs")
+    _, outcomes = train(found, place, made)
+    assert [o.status for o in outcomes] == ["done"] * 2, outcomes
+    assert_same_content(place.out, undisturbed(found, tmp_path / "whole"))
 
 
 def test_a_stop_saves_and_a_failure_is_reported(cluster, tmp_path):
@@ -130,6 +149,10 @@ def test_the_command(cluster, tmp_path):
                           env=dict(os.environ), timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 of 2 searches finished" in done.stderr and (tmp_path / "sweeps" / "spec" / "results.csv").exists()
+    figure = [*line[:3], "reproduce", "fc-3", "--scale", "smoke", "--on", "ray", "--address", made.address]
+    done = subprocess.run(figure, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "reproduced" / "fc-3-smoke" / "report.md").exists()
     done = subprocess.run([*line, "--address", "127.0.0.1:1"], cwd=tmp_path, capture_output=True, text=True,
                           env=dict(os.environ), timeout=300)  # fmt: skip
     assert done.returncode == 6 and "no Ray cluster at 127.0.0.1:1" in done.stderr

@@ -122,7 +122,7 @@ def test_a_task_that_is_always_lost_is_given_up_and_one_that_gets_on_is_not():
     backend = Backend(1, end)
     outcomes = run([Fake("dead"), steps], backend)
     assert outcomes["dead"].status == "failed" and "lost 5 times in a row: killed" in outcomes["dead"].text
-    assert backend.begun.count("dead") == schedule.LOSSES
+    assert backend.begun.count("dead") == schedule.LOSSES and outcomes["dead"].code == 6
     assert outcomes["steps"].status == "done"
 
 

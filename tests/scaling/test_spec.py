@@ -28,6 +28,13 @@ def test_a_list_of_lists_multiplies(tmp_path):
     assert [j.recipe.schedule.milestones for j in jobs] == [(10,), (10, 20)]
 
 
+def test_a_list_that_may_be_left_out_stays_one_too(tmp_path):
+    (job,) = small_sweep(tmp_path, prune__never=["fc1", "fc3"]).jobs
+    assert job.recipe.prune.never == ("fc1", "fc3")
+    jobs = small_sweep(tmp_path, prune__never=[["fc1"], ["fc1", "fc3"]]).jobs
+    assert [j.recipe.prune.never for j in jobs] == [("fc1",), ("fc1", "fc3")]
+
+
 def test_seeds_with_gaps_become_unbroken_stretches(tmp_path):
     jobs = small_sweep(tmp_path, seeds=[7, 0, 1, 3]).jobs
     assert [(j.recipe.seeds.base, j.replicates) for j in jobs] == [(0, 2), (3, 1), (7, 1)]

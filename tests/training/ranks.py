@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastlth.models import build
 from fastlth.recipe import Recipe
@@ -26,7 +27,29 @@ CASES: dict[str, dict[str, Any]] = {
         "model": "conv-2", "model__batch_norm": True, "train__optimizer": "sgd", "train__momentum": 0.9,
         "train__lr": 0.01, "train__batch_size": 25, "train__drop_last": False, "data__augment": "flip-crop",
     },
+    "own": {
+        "model": "tests.training.ranks:own_net", "train__optimizer": "sgd", "train__lr": 0.01, "train__batch_size": 33,
+    },
 }  # fmt: skip
+
+
+def own_net(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """One's own net: a batch norm in two places, and one that looks at each image alone."""
+    channels, height, width = shape
+    norm = nn.BatchNorm2d(16)
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1), norm, nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), norm,
+        nn.InstanceNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * height * width, classes),
+    )  # fmt: skip
+
+
+def own_dropping(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    return nn.Sequential(own_net(shape, classes), nn.Dropout(0.1))
+
+
+def own_of_one_dimension(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    inputs = shape[0] * shape[1] * shape[2]
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(inputs), nn.Linear(inputs, classes))
 
 
 def recipe(case: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -14,12 +15,14 @@ import pytest
 import torch
 from torch import nn
 
-from fastlth.errors import RecipeError
+from fastlth.errors import RecipeError, Stopped
+from fastlth.running import run
 from fastlth.training.engines.make import make_engine
 from fastlth.training.parallel.norm import SharedBatchNorm, join_batch_norms_
-from fastlth.training.parallel.team import Team, check
+from fastlth.training.parallel.team import Team, check, remark
 from tests.endurance.searches import assert_equal_runs, content
 from tests.helpers import CPU, assert_close_by_norm, random_source, small_recipe
+from tests.scaling.sweeps import own_code
 from tests.training import ranks
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +84,10 @@ def test_both_processes_hold_the_same_bits(two_ranks, case):
     [
         ({"compute__engine": "sparse"}, 2, "--engine sparse trains in one process, and torchrun started 2"),
         ({"compute__compile": "on"}, 2, "--compile on trains in one process"),
+        ({"compute__engine": "graph"}, 2, "--engine graph trains in one process"),
+        ({"compute__kept": {"fc1": 0.3}}, 2, "compute.kept must be empty"),
+        ({"compute__device": "cuda:1"}, 2, "--device cuda:1 is one GPU, and torchrun started 2 processes"),
+        ({"model": "tests.training.ranks:own_of_one_dimension"}, 2, r"layer 1 .BatchNorm1d. looks at a whole batch"),
         ({"train__batch_size": 3}, 4, "a batch of 3 images cannot be shared by 4 processes"),
         ({"train__batch_size": 40, "train__drop_last": False, "data__validation": 36}, 2, "a batch of 1 images"),
     ],
@@ -93,6 +100,12 @@ def test_what_cannot_be_shared_is_refused(settings, size, sentence):
 def test_a_layer_that_looks_at_a_batch_in_another_way_is_refused():
     with pytest.raises(RecipeError, match=r"layer 0 .BatchNorm1d. looks at a whole batch"):
         join_batch_norms_(nn.Sequential(nn.BatchNorm1d(3)), lambda x: x)
+
+
+def test_an_own_net_that_drops_by_itself_is_told_of():
+    text = remark(small_recipe("tests.training.ranks:own_dropping"), 2)
+    assert text and "own_dropping draws what it drops itself: 2 processes" in text
+    assert remark(small_recipe(model__dropout=0.3), 2) is None
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -139,10 +152,26 @@ def torchrun(*arguments: object) -> list[str]:
             "--master-port", free_port(), "-m", "fastlth", *map(str, arguments)]  # fmt: skip
 
 
-def find(out: Path, iterations: int = 40) -> list[object]:
-    settings = [x for key, value in CPU.items() for x in ("--set", f"{key}={value}")]
-    return ["find-ticket", "lenet-300-100", "digits", "-i", iterations, "-b", 32, "-l", "1e-3", "--rounds", 2,
-            "--set", "evaluate.every=10", "--save-every", "0.1s", "--out", out, *settings]  # fmt: skip
+def find(
+    out: Path, iterations: int = 40, *, model: str = "lenet-300-100", dataset: str = "digits", rounds: int = 2,
+    **settings: object,
+) -> list[object]:  # fmt: skip
+    """Keyword data__validation is data.validation."""
+    given = {**CPU, **{name.replace("__", "."): value for name, value in settings.items()}}
+    sets = [x for key, value in given.items() for x in ("--set", f"{key}={value}")]
+    return ["find-ticket", model, dataset, "-i", iterations, "-b", 32, "-l", "1e-3", "--rounds", rounds,
+            "--set", "evaluate.every=10", "--save-every", "0.1s", "--out", out, *sets]  # fmt: skip
+
+
+def train(line: list[str], **more: str) -> str:
+    """What a command that ends well says."""
+    done = subprocess.run(line, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def by_one(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "fastlth", *map(str, arguments)]
 
 
 @pytest.mark.endurance
@@ -155,8 +184,7 @@ def test_a_search_by_torchrun_stopped_and_gone_on_with(tmp_path):
     (folder,) = (tmp_path / "whole").glob("*/r0")
     assert 'processes = "2"' in (folder / "recipe.toml").read_text()
 
-    alone = [sys.executable, "-m", "fastlth", *map(str, find(tmp_path / "alone", 400))]
-    assert subprocess.run(alone, env=environment(), capture_output=True, timeout=240).returncode == 0
+    train(by_one(*find(tmp_path / "alone", 400)))
     (single,) = (tmp_path / "alone").glob("*/r0")
     ours, theirs = content(folder), content(single)
     assert [r["kept"] for r in ours["rounds"]] == [r["kept"] for r in theirs["rounds"]]
@@ -188,3 +216,37 @@ def test_a_recipe_that_cannot_be_shared_ends_all_processes_with_one_sentence(tmp
     assert done.returncode != 0
     assert done.stderr.count("fastlth: --engine sparse trains in one process") == 1
     assert not list(tmp_path.glob("*/r0"))
+
+
+@pytest.mark.endurance
+def test_an_own_net_on_a_folder_of_images_by_torchrun(tmp_path):
+    """As one process trains it, to the tolerance of a few float32 steps; the first evaluation comes after ten."""
+    own_code(tmp_path, "unused")
+    what = {"model": "tests.training.ranks:own_net", "dataset": f"imagefolder:{tmp_path / 'flowers'}",
+            "data__image_size": 8, "data__validation": 16}  # fmt: skip
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    train(by_one(*find(tmp_path / "alone", **what)), **cache)
+    train(torchrun(*find(tmp_path / "two", **what)), **cache)
+    (ours,), (theirs,) = ((tmp_path / out).glob("*/r0") for out in ("two", "alone"))
+    a, b = content(ours), content(theirs)
+    assert a["rewind"] == b["rewind"] and [r["kept"] for r in a["rounds"]] == [r["kept"] for r in b["rounds"]]
+    assert abs(a["metrics"][0]["train_loss"] - b["metrics"][0]["train_loss"]) <= 1e-4 * b["metrics"][0]["train_loss"]
+
+
+@pytest.mark.endurance
+def test_a_search_of_one_process_goes_on_in_two_and_back(tmp_path):
+    """From the middle of a round that the sparse engine trained; what became otherwise is said and recorded."""
+    arguments = find(tmp_path, 400, compute__engine="auto")
+    recipe = small_recipe(train__iterations=400, data__validation=-1, compute__engine="auto")
+    sparse = dataclasses.replace(recipe.compute, engine="sparse", break_even=0.5, shifted=())
+    steps = iter(range(8))
+    with pytest.raises(Stopped):
+        run(recipe, out=tmp_path, resolved=dataclasses.asdict(sparse), stopped=lambda: next(steps, None) is None and 15)
+    (folder,) = tmp_path.glob("*/r0")
+    assert (folder / "state.safetensors").exists() and 'engine = "sparse"' in (folder / "recipe.toml").read_text()
+    said = train(torchrun(*arguments))
+    assert "2 processes train it, by the dense engine" in said
+    text = (folder / "recipe.toml").read_text()
+    assert 'processes = "2"' in text and 'moved = ["2 processes train it, by the dense engine"]' in text
+    assert "processes 2 -> 1" in train(by_one(*find(tmp_path, 400, rounds=3, compute__engine="auto")))
+    assert len(content(folder)["rounds"]) == 4

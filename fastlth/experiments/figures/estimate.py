@@ -1,7 +1,7 @@
 """About how long trainings take on this machine: their engines are made, timed for some intervals, and thrown away.
 
-A step's time depends on the net, the data, the optimizer and, in the sparse engine, the density; neither on the
-learning rate nor on the length of training. So one engine is timed for all recipes that agree in the former.
+A step's time depends on the net, the data, the optimizer and, where weights are skipped on a CPU, the density; neither
+on the learning rate nor on the length of training. So one engine is timed for all recipes that agree in the former.
 """
 
 from __future__ import annotations
@@ -89,8 +89,12 @@ class Paces:
 def _alike(training: Training) -> tuple[Any, ...]:
     r = training.recipe
     plan = training.plan.label if training.plan else None
-    return (r.model, r.data.name, r.data.augment, r.train.batch_size, r.train.optimizer, bool(r.train.momentum),
-            r.prune.mask_0, r.compute, plan)  # fmt: skip
+    return (r.model, r.data.name, r.data.facts.shape, r.data.augment, r.train.batch_size, r.train.optimizer,
+            bool(r.train.momentum), r.prune.mask_0, _last_density(r), r.compute, plan)  # fmt: skip
+
+
+def _last_density(recipe: Recipe) -> float:
+    return (1 - recipe.prune.rate) ** recipe.prune.rounds
 
 
 def _pace(training: Training, out: Path, data_dir: Path | None) -> Pace:
@@ -103,10 +107,10 @@ def _pace(training: Training, out: Path, data_dir: Path | None) -> Pace:
 
     compute = _resolved(recipe, out, source, make)
     engine = make(dataclasses.replace(recipe, compute=compute))
-    last = (1 - recipe.prune.rate) ** recipe.prune.rounds
+    last = _last_density(recipe)
     validation, test = _evaluation(engine, "validation"), _evaluation(engine, "test")
-    steps = {}
-    for density in sorted({last, last**0.5, 1.0} if compute.engine == "sparse" else {1.0}, reverse=True):
+    steps, falls = {}, compute.engine == "sparse" or bool(compute.kept)
+    for density in sorted({last, last**0.5, 1.0} if falls else {1.0}, reverse=True):
         prune_at_random(engine, density)  # the dense net comes first: this brings nothing back
         steps[density] = _step(engine, recipe)
     return Pace(compute, tuple(reversed(steps)), tuple(reversed(steps.values())), validation, test)

@@ -20,7 +20,7 @@ from fastlth.recipe import DataSection, Recipe
 from fastlth.training.engines.base import Chunk, Engine, Tensors
 from fastlth.training.engines.make import make_engine
 from fastlth.training.evaluate import Scores
-from fastlth.training.parallel.team import Team
+from fastlth.training.parallel.team import Team, remark
 
 END, SEARCH, RUN, MASKS, REWIND, LOAD = range(6)
 
@@ -37,6 +37,8 @@ class LeadingEngine:
         self.name, self.weight_names, self.prunable = (
             self._engine.name, self._engine.weight_names, self._engine.prunable)  # fmt: skip
         self.said = self._engine.said
+        if drawn := remark(recipe, team.size):
+            self.said.append(drawn)
 
     @property
     def layers(self) -> dict[str, str]:

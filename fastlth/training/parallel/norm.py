@@ -76,9 +76,16 @@ def join_batch_norms_(model: nn.Module, sum_: Sum) -> None:
 
     Raises RecipeError for other layers that normalise over a batch.
     """
-    for name, module in list(model.named_modules()):
+    for name, module in list(model.named_modules(remove_duplicate=False)):  # a net may use one layer in two places
         if type(module) is nn.BatchNorm2d:
             model.set_submodule(name, SharedBatchNorm(module, sum_))
-        elif isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, SharedBatchNorm):
+        elif _looks_at_batch(module):
             raise RecipeError(f"layer {name} ({type(module).__name__}) looks at a whole batch, and several processes "
                               "cannot share that; train this net in one process")  # fmt: skip
+
+
+def _looks_at_batch(module: nn.Module) -> bool:
+    """Whether it normalises over one process's part of a batch."""
+    each_alone = isinstance(module, nn.modules.instancenorm._InstanceNorm) and not module.track_running_stats
+    over_batch = isinstance(module, nn.modules.batchnorm._NormBase) and not each_alone
+    return over_batch and not isinstance(module, SharedBatchNorm)

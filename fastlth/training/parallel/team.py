@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastlth.data.loader import Batch
 from fastlth.errors import DeviceError, EnvironmentFailure, RecipeError
+from fastlth.models import skeleton
 from fastlth.recipe import Recipe
 from fastlth.training.parallel.norm import join_batch_norms_
 
@@ -152,11 +153,23 @@ def check(recipe: Recipe, size: int) -> None:
                           "part of a compiled graph; use --compile off")  # fmt: skip
     if compute.device == "mps":
         raise RecipeError(f"--device mps trains in one process, and torchrun started {size}; use cpu or cuda")
+    if compute.device.startswith("cuda:"):
+        raise RecipeError(f"--device {compute.device} is one GPU, and torchrun started {size} processes that need one "
+                          "each; use --device cuda, and CUDA_VISIBLE_DEVICES to choose")  # fmt: skip
     rest = 0 if train.drop_last else recipe.data.train_images % train.batch_size
     least = min(train.batch_size, rest or train.batch_size)
     if least < size:
         raise RecipeError(f"a batch of {least} images cannot be shared by {size} processes; use a larger "
                           "--batch-size, train.drop_last=true, or fewer processes")  # fmt: skip
+    join_batch_norms_(skeleton(recipe), lambda values: values)
+
+
+def remark(recipe: Recipe, size: int) -> str | None:
+    """What a person should know of a net whose random draws are not fastlth's, such as one's own with dropout."""
+    if not any(isinstance(m, nn.modules.dropout._DropoutNd) for m in skeleton(recipe).modules()):
+        return None
+    return (f"{recipe.model.name} draws what it drops itself: {size} processes, each for its part of a batch, draw "
+            "otherwise than one process would")  # fmt: skip
 
 
 def narrowed(recipe: Recipe) -> Recipe:

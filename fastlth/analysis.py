@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastlth.models import skeleton, weight_names
-from fastlth.models.channels import STEP, Removable, links, removable, work_left
+from fastlth.models.channels import STEP, Link, Removable, links, removable, work_left
 from fastlth.recipe import Recipe
 from fastlth.store.ticket import Ticket
 
@@ -142,13 +142,12 @@ def net_units(recipe: Recipe, masks: Mapping[str, Mask]) -> dict[str, LayerUnits
     """
     net = skeleton(recipe)
     shapes = {name: tuple(net.get_parameter(name).shape) for name in weight_names(net)}
-    chain = is_chain(net) and not recipe.model.own and recipe.prune.mask_0 == "mask"
-    return units({n: masks.get(n, np.ones(s, bool)) for n, s in shapes.items()}, chain=chain)
+    return units({n: masks.get(n, np.ones(s, bool)) for n, s in shapes.items()}, chain=chain(recipe, net) is not None)
 
 
-def is_chain(model: nn.Module) -> bool:
-    """Whether every layer reads the one before and nothing else."""
-    return isinstance(model, nn.Sequential) and not any(list(child.children()) for child in model)
+def chain(recipe: Recipe, net: nn.Module) -> list[Link] | None:
+    """The layers of the recipe's net where something can be said of paths through them, else None."""
+    return None if recipe.model.own or recipe.prune.mask_0 != "mask" else links(net)
 
 
 def layer_records(
@@ -188,11 +187,11 @@ def removable_units(
     """By layer name, the units that a round beginning with ``start`` could do without; None where nothing is said
     about paths (``net_units``)."""
     net = skeleton(recipe)
-    chain = links(net)
-    if not chain or recipe.model.own or recipe.prune.mask_0 != "mask":
+    layers = chain(recipe, net)
+    if not layers:
         return None
     whole = {n: masks.get(n, np.ones(tuple(net.get_parameter(n).shape), bool)) for n in weight_names(net)}
-    return removable(chain, whole, start)
+    return removable(layers, whole, start)
 
 
 def _work(recipe: Recipe, found: Mapping[str, Removable]) -> dict[str, float]:

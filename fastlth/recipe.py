@@ -57,7 +57,8 @@ class ModelSection:
     norm_init: str = "one"
     """scales of batch norm: one, or uniform in [0, 1) (open_lth)"""
     dropout: float = 0.0
-    """share of the outputs of hidden linear layers (VGG, ResNet: of the pooled features) that training sets to zero"""
+    """share of the outputs of hidden linear layers (VGG, ResNet: of the pooled features) that training sets to zero;
+    of an own net, beside what its function puts into it"""
     init: str | None = None
     """of an own net: own, the values that its constructor draws (the default), or glorot, as fastlth's nets"""
     content: str | None = None
@@ -80,9 +81,8 @@ class ModelSection:
             return
         _check("model.init", self.init in (None, "own", "glorot"), "be own or glorot", self.init)
         object.__setattr__(self, "init", self.init if self.init != "own" else None)
-        for setting in ("batch_norm", "dropout"):
-            _check(f"model.{setting}", not getattr(self, setting), "be left out for an own net, which has what its "
-                   "function puts into it", getattr(self, setting))  # fmt: skip
+        _check("model.batch_norm", not self.batch_norm,
+               "be left out for an own net, which has what its function puts into it", self.batch_norm)  # fmt: skip
         plain = {"bias_init": "zero", "weight_init": "glorot", "weight_std": None, "norm_init": "one"}
         for setting, default in plain.items():
             _check(f"model.{setting}", getattr(self, setting) == default or self.init == "glorot",

@@ -14,8 +14,8 @@ from torch import nn
 
 import fastlth
 from fastlth.analysis import (
+    chain,
     collapses,
-    is_chain,
     jaccard,
     kept_by_both,
     net_units,
@@ -24,7 +24,7 @@ from fastlth.analysis import (
     unit_fields,
     units,
 )
-from fastlth.models import skeleton
+from fastlth.models import skeleton, weight_names
 from fastlth.running import Notice
 from fastlth.store.ticket import Ticket
 from fastlth.ui import View
@@ -125,10 +125,23 @@ def test_a_whole_net_is_on_paths_and_a_net_without_a_chain_only_has_degrees():
 
 
 def test_what_is_a_chain():
-    assert all(is_chain(skeleton(small_recipe(m, "cifar-10"))) for m in ("lenet-300-100", "lenet-5", "conv-2"))
-    assert is_chain(skeleton(small_recipe("vgg19", "cifar-10")))
-    assert not is_chain(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
-    assert not is_chain(nn.Linear(2, 2))
+    for model in ("lenet-300-100", "lenet-5", "conv-2", "vgg19"):
+        for dropout in (0.0, 0.5):
+            recipe = small_recipe(model, "cifar-10", model__dropout=dropout)
+            net = skeleton(recipe)
+            assert [f"{link.name}.weight" for link in chain(recipe, net)] == weight_names(net)
+    recipe = small_recipe("resnet-8")
+    assert chain(recipe, skeleton(recipe)) is None
+    assert chain(recipe, nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))) is None
+    assert chain(recipe, nn.Linear(2, 2)) is None
+
+
+def test_dropout_takes_part_in_no_path():
+    plain, dropped = (units_of(small_recipe("conv-2", model__dropout=d)) for d in (0.0, 0.5))
+    assert plain.keys() == dropped.keys()
+    for name, u in plain.items():
+        assert unit_fields(dropped[name]) == unit_fields(u)
+        assert u.dead is not None and (dropped[name].dead == u.dead).all()
 
 
 def test_a_layer_collapses_where_it_is_empty_or_where_the_last_path_ends():

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from fastlth.errors import DeviceError
 from fastlth.store.lock import Lock
+from fastlth.training import resolve
+from tests.helpers import small_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,8 +64,9 @@ kept = sum(int(p.count_nonzero()) for n, p in net.named_parameters() if n.endswi
 print(json.dumps({"rounds": search.rounds, "loaded": loaded, "kept": kept}))
 """
 
-OPTIONAL = ["triton", "ffcv", "cv2", "numba", "llvmlite", "matplotlib", "scipy", "sklearn", "timm", "wandb",
-            "tensorboard", "ray", "onnx", "onnxscript", "torchvision", "PIL"]  # fmt: skip
+OPTIONAL = ["triton", "ffcv", "cv2", "numba", "llvmlite", "matplotlib", "timm", "wandb", "tensorboard", "ray", "onnx",
+            "onnxscript"]  # fmt: skip
+NOT_FOR_OWN_DATA = ["scipy", "sklearn", "torchvision", "PIL"]
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -68,12 +76,31 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_search_needs_no_optional_package(tmp_path: Path) -> None:
-    done = python(f"HIDDEN = {OPTIONAL}\n{HIDE}\n{SEARCH}", tmp_path, "auto")
+    hidden = OPTIONAL + NOT_FOR_OWN_DATA
+    done = python(f"HIDDEN = {hidden}\n{HIDE}\n{SEARCH}", tmp_path, "auto")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert not set(OPTIONAL) & set(found["loaded"]), "the hook let something through"
+    assert not set(hidden) & set(found["loaded"]), "the hook let something through"
     assert [r["engine"] for r in found["rounds"]] == ["dense"] * 3
     assert found["kept"] == found["rounds"][2]["kept"] < 0.65 * found["rounds"][0]["kept"]
+
+
+# What a search is made of: all but the sparse engine's kernels, streaming and pictures.
+CORE = ["tests/test_masks.py", "tests/test_recipe.py", "tests/test_composition.py", "tests/test_search.py",
+        "tests/pruning", "tests/store/test_store_ticket.py", "tests/store/test_store_run.py",
+        "tests/models/test_models.py", "tests/models/test_init.py", "tests/models/test_dropout.py",
+        "tests/data/test_data_order.py", "tests/data/test_data_augment.py", "tests/data/test_data_normalise.py",
+        "tests/training/test_step.py", "tests/training/test_dense.py", "tests/training/test_trainer.py",
+        "tests/kernels/test_philox.py", "tests/kernels/test_bitmask.py"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_core_of_the_suite_needs_no_optional_package() -> None:
+    arguments = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not science and not nightly and not endurance "
+                 "and not network and not gpu"]  # fmt: skip
+    done = python(f"HIDDEN = {OPTIONAL}\n{HIDE}\nimport pytest\nsys.exit(pytest.main({[*arguments, *CORE]}))")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
 
 
 MISSING = {
@@ -152,6 +179,33 @@ print("free")
     assert done.returncode == 0, done.stderr
     assert " is in use by process " in done.stdout and done.stdout.endswith("free\n")
     Lock(tmp_path / "lock").release()
+
+
+def test_workers_and_ranks_live_without_the_signals_of_unix() -> None:
+    code = f"""{WINDOWS}
+from multiprocessing import Pipe
+from types import SimpleNamespace
+from fastlth.scaling.local import _work
+from fastlth.training.parallel.lead import END, follow
+ours, theirs = Pipe()
+theirs.close()
+_work(ours, None)
+follow(SimpleNamespace(hear=lambda count: (END, 0, 0)), None)
+print("done")
+"""
+    done = python(code)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_apples_gpu_is_a_device_that_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    recipe = small_recipe(compute__device="auto", compute__engine="auto")
+    for there, chosen in ((True, "mps"), (False, "cpu")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
+        assert resolve.device("auto") == chosen
+        assert resolve.engine(recipe) == ("dense" if there else "auto")
+    with pytest.raises(DeviceError, match=r"--device mps is not there; this machine has cpu$"):
+        resolve.device("mps")
 
 
 def test_the_command_line_starts_without_the_packages_that_compute() -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastlth.composition import adjust, compose
 from fastlth.errors import DataError, FastlthError, RecipeError
 from fastlth.masks import kept
 from fastlth.models import build, draw, skeleton, state, weight_names
+from fastlth.models.dropout import DroppedLinear, add_dropout_
 from fastlth.running import resume, run
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.store.run import parent_folder
@@ -213,12 +215,26 @@ def test_data_that_cannot_be_used_is_one_sentence(data: str, says: str, package:
     assert code == 4 and err.count("\n") == 1
 
 
-def test_what_a_package_asks_for_is_said(package: Path) -> None:
-    try:
-        import timm  # noqa: F401
-    except ImportError:
-        with pytest.raises(RecipeError, match="timm:resnet18 needs the timm package; install timm"):
-            compose("timm:resnet18", "digits", settings=SHORT)
+def test_what_a_package_asks_for_is_said(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RecipeError, match="timm:resnet18 needs the timm package; install timm"):
+        compose("timm:resnet18", "digits", settings=SHORT)
+
+
+def test_timms_nets_are_made_for_the_data(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one function that this asks of timm, which need not be installed."""
+    asked = []
+
+    def create_model(name: str, pretrained: bool, num_classes: int, in_chans: int) -> nn.Module:
+        asked.append((name, pretrained, num_classes, in_chans))
+        return nn.Sequential(nn.Conv2d(in_chans, 4, 3), nn.Flatten(), nn.Linear(144, num_classes))
+
+    monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
+    search = run(compose("timm:convnext.tiny", "digits", settings=SHORT).recipe, out=package / "runs")
+    assert set(asked) == {("convnext.tiny", False, 10, 1)}
+    net = load_ticket(search.ticket).model(round=2)
+    assert_masked(dict(net.named_parameters()), load_ticket(search.ticket).mask(2))
+    assert search.rounds[0]["kept"] == 36 + 1440
 
 
 def test_functions_that_cannot_be_found_again_are_refused(package: Path) -> None:
@@ -318,6 +334,55 @@ def test_dropout_is_resumed_bit_for_bit(package: Path) -> None:
     timing = {"seconds", "images_per_second"}
     for a, b in zip(whole.rounds, again.rounds, strict=True):
         assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
+
+
+def drops(net: nn.Module) -> list[str]:
+    return [name for name, m in net.named_modules() if isinstance(m, DroppedLinear)]
+
+
+def test_dropout_is_an_option_of_every_net(package: Path) -> None:
+    """Of layers that are shared, too, and without touching names, values or what a net already drops."""
+    plain, dropped = build(own()), build(own(model__dropout=0.5))
+    assert drops(dropped) == ["second", "third", "unused", "head"]
+    assert drops(build(own("tiny", model__dropout=0.5))) == ["3"]
+    assert_same_bits(state(plain), state(dropped))
+    assert list(plain.state_dict()) == list(dropped.state_dict())
+    assert dropped.third.weight is dropped.second.weight
+    x = torch.randn(6, 3, 8, 8)
+    assert torch.equal(plain.eval()(x), dropped.eval()(x))
+    inner, before = build(own("tiny", model__dropout=0.5)).train(), build(own("tiny")).train()
+    torch.manual_seed(0)
+    hidden = torch.nn.functional.dropout(before[:3](x), 0.5)
+    torch.manual_seed(0)
+    assert torch.equal(inner(x), before[3](hidden))
+    assert own(model__dropout=0.5).digest != own().digest == own(model__dropout=0.0).digest
+    library = compose("torchvision:resnet18", "digits", settings={**SHORT, "model.dropout": 0.5}).recipe
+    assert drops(skeleton(library)) == ["fc"]
+    with pytest.raises(RecipeError, match=r"model.dropout must be 0 for a net without linear layers, got 0.5"):
+        skeleton(own("no_bias", model__dropout=0.5))
+
+
+def test_layers_that_attention_calls_by_their_weights_alone_are_left_out() -> None:
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), nn.Linear(8, 4))
+    add_dropout_(net, 0.5, (0, 6))
+    assert drops(net) == ["0.linear2", "1"]
+    assert net.train()(torch.randn(3, 5, 8)).shape == (3, 5, 4)
+
+
+@pytest.mark.parametrize("net", ["tied", "tiny"])
+def test_a_search_with_dropout_as_an_option_repeats(net: str, package: Path) -> None:
+    """The same bits from another state of torch's generator; others from another seed of dropout, or without it."""
+
+    def trained(generator: int, **settings: object) -> dict[str, torch.Tensor]:
+        torch.manual_seed(generator)
+        last = list(find_tickets(own(net, **settings)))[-1]
+        return {n: torch.from_numpy(a) for n, a in last.trained().items()}
+
+    first = trained(1, model__dropout=0.5)
+    assert_same_bits(first, trained(2, model__dropout=0.5))
+    name = "head.weight" if net == "tied" else "3.weight"
+    for other in (trained(1, model__dropout=0.5, seeds__dropout=9), trained(1)):
+        assert not torch.equal(first[name], other[name])
 
 
 def test_a_changed_net_and_changed_data_are_refused(package: Path) -> None:

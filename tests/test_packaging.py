@@ -21,7 +21,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"fastlth": ROOT / "fastlth", "fastlth_kernels": ROOT / "kernels" / "fastlth_kernels"}
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 
 def _run(*command: str | Path, cwd: Path) -> str:
@@ -171,3 +172,13 @@ def test_ci_holds_speed_and_kernels_and_every_supported_version() -> None:
     oldest = re.search(r'torch: oldest, pins: "torch==([\d.]+)\.\*', workflow)
     assert oldest is not None and str(torch.specifier) == f">={oldest[1]}"
     assert 'torch: newest, pins: "torch torchvision"' in workflow
+    systems = re.search(r"^ +os: \[(.*)\]$", workflow, re.MULTILINE)
+    assert systems is not None and systems[1] == "ubuntu-latest, macos-latest, windows-latest"
+
+
+def test_ci_runs_none_of_the_long_tests() -> None:
+    """A -m of one's own replaces that of pyproject.toml, so it must name all that this leaves out."""
+    left_out = PYPROJECT["tool"]["pytest"]["ini_options"]["addopts"][-1].split(" and ")
+    suites = [c for c in _ci_commands() if c[:3] == ["python", "-m", "pytest"]]
+    chosen = [set(c[c.index("-m", 3) + 1].split(" and ")) for c in suites]
+    assert len(chosen) == 2 and all(c > set(left_out) for c in chosen)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastlth.bench.paired import Paired
-from fastlth.catalogue import DATASETS
-from fastlth.composition import compose
+from fastlth.catalogue import DATASETS, dataset_name, model_name
+from fastlth.composition import compose, presets_for
 from fastlth.data.sources import Images, Source
+from fastlth.errors import RecipeError
 from fastlth.models import skeleton, weight_names
 from fastlth.pruning import groups, layer_rates
 from fastlth.recipe import ComputeSection, Recipe
@@ -26,14 +27,23 @@ from fastlth.training.resolve import resolve
 
 IMAGES = 8_192  # more than the caches hold, less than a laptop's patience
 ROWS = 1_000  # steps between two readings of an engine's record
+USUAL: dict[str, Any] = {"train.iterations": ROWS, "train.batch_size": 128, "train.optimizer": "sgd", "train.lr": 0.1,
+                         "train.momentum": 0.9, "train.weight_decay": 1e-4}  # fmt: skip
+"""where no preset covers a pair"""
 
 Row = dict[str, Any]
 
 
 def recipe_for(model: str, dataset: str) -> Recipe:
-    """The pair's default preset, with an evaluation interval that leaves the timer alone."""
-    recipe = compose(model, dataset, settings={"data.validation": 1_000}).recipe if dataset != "digits" else (
-        compose(model, dataset).recipe)  # fmt: skip
+    """The pair's default preset, or SGD at batch 128 where none covers it, with an evaluation interval that leaves the
+    timer alone. Raises RecipeError for a data set whose shape is not in the catalogue."""
+    name = dataset_name(dataset)
+    if name not in DATASETS:
+        raise RecipeError(f"bench takes the shape of {', '.join(DATASETS)}, not of '{dataset}'; name one of them")
+    settings = {} if presets_for(model_name(model), name) else dict(USUAL)
+    if name != "digits":
+        settings["data.validation"] = 1_000
+    recipe = compose(model, name, settings=settings).recipe
     return dataclasses.replace(
         recipe,
         train=dataclasses.replace(recipe.train, iterations=10**9),
@@ -43,7 +53,7 @@ def recipe_for(model: str, dataset: str) -> Recipe:
 
 def random_source(dataset: str, images: int = IMAGES, seed: int = 0) -> Source:
     """Random pixels and labels in the shape of a data set: ``images`` to train and validate on, 1,000 to test."""
-    facts = DATASETS[dataset]
+    facts = DATASETS[dataset_name(dataset)]
     channels, height, width = facts.shape
     rng = np.random.default_rng(seed)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastlth.cli.options import MODEL_NAMES, Json
+from fastlth.catalogue import DATASETS
+from fastlth.cli.options import MODEL_NAMES, OWN_NET, Json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure speed and size on this machine, in paired ratios; keep them from falling.")
 
 Opt = typer.Option
-Model = Annotated[str, typer.Argument(help=MODEL_NAMES)]
-Dataset = Annotated[str, typer.Argument(help="Whose image shape: mnist, cifar-10 or digits")]
+SHAPES = f"Whose image shape: {', '.join(DATASETS)}"
+Model = Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}")]
+Dataset = Annotated[str, typer.Argument(help=SHAPES)]
 Record = Annotated[Path | None, Opt(help="Append the document and what a short search reaches to this .jsonl file.")]
 Seconds = Annotated[float, Opt(min=0.1, help="Time for each comparison.")]
 
@@ -113,7 +115,7 @@ def loader(
 @app.command("kernels", epilog="Example: fastlth bench kernels --model vgg19 --gpu h200")
 def kernels(
     model: Annotated[str, Opt(help=MODEL_NAMES)] = "vgg19",
-    dataset: Annotated[str, Opt(help="Whose image shape: mnist, cifar-10 or digits")] = "cifar-10",
+    dataset: Annotated[str, Opt(help=SHAPES)] = "cifar-10",
     gpu: Annotated[str, Opt(help="Whose roofline, by its data sheet: h200, h100 or a100.")] = "h200",
     batch: Annotated[int | None, Opt(min=1, help="Images per step; as the recipe has it if not given.")] = None,
     precision: Annotated[str, Opt(help="Of activations, bf16 or fp32; weights are fp32.")] = "bf16",
@@ -167,7 +169,7 @@ def compare(
 @app.command("ticket", epilog="Example: fastlth bench ticket")
 def ticket(
     model: Annotated[str, Opt(help=MODEL_NAMES)] = "vgg19",
-    dataset: Annotated[str, Opt(help="Whose image shape the net gets: mnist, cifar-10 or digits")] = "cifar-10",
+    dataset: Annotated[str, Opt(help=SHAPES)] = "cifar-10",
     rounds: Annotated[int, Opt(min=1, help="Prunings, each of a fifth of all weights left.")] = 20,
     json: Json = False,
 ) -> None:

@@ -6,14 +6,18 @@ it would have dropped, compiled or not, whatever the batch size, and no state ha
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from fastlth_kernels.philox import Key, philox
 from torch import Tensor, nn
 
+from fastlth.errors import RecipeError
+
 
 class Dropout(nn.Module):
-    """Sets a share of a batch's features [B, F] to zero in training and scales the others up; else the identity.
+    """Sets a share of a batch's features [B, ...] to zero in training and scales the others up; else the identity.
 
     A training step that sets ``keyed`` writes its batch's (epoch, position) into ``place`` before every forward pass;
     in anybody else's loop this is torch's own dropout.
@@ -29,11 +33,11 @@ class Dropout(nn.Module):
         self.register_buffer("place", torch.zeros(2, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features [B, F] with a share of them zero and the others divided by what is left, in training."""
+        """Features [B, ...] with a share of them zero and the others divided by what is left, in training."""
         if not self.keyed or not self.training:
             return F.dropout(x, self.rate, self.training)
-        kept = self._words(x.shape[0], x.shape[1]) >= round(self.rate * 2**32)
-        return torch.where(kept, x / (1.0 - self.rate), 0.0)
+        words = self._words(x.shape[0], math.prod(x.shape[1:])).view(x.shape)
+        return torch.where(words >= round(self.rate * 2**32), x / (1.0 - self.rate), 0.0)
 
     def _words(self, rows: int, units: int) -> Tensor:
         """A random word per row and unit: int64 [rows, units] in [0, 2^32)."""
@@ -48,21 +52,25 @@ class Dropout(nn.Module):
 
 
 class DroppedLinear(nn.Linear):
-    """A linear layer on inputs of which training drops a share."""
+    """A linear layer on inputs of which training drops a share. They are dropped ahead of ``forward``, in whose place
+    others may put their own (training/kept.py)."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dropout: Dropout) -> None:
-        super().__init__(inputs, outputs, bias)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.dropout(x))
+    dropout: Dropout
 
 
 def add_dropout_(model: nn.Module, rate: float, key: Key) -> None:
-    """Dropout on the outputs of hidden linear layers, as the inputs of the next; a net without any (VGG, ResNet) has it
-    on the pooled features before its only one. In place; names of weights and their order stay as they are."""
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for number, (name, layer) in enumerate(linear[1:] or linear):
-        dropout = Dropout(rate, number, key)
-        dropped = DroppedLinear(layer.in_features, layer.out_features, layer.bias is not None, dropout)
-        model.set_submodule(name, dropped)
+    """Dropout on the inputs of all linear layers but the first, which are the outputs of hidden ones; a net with one
+    alone (VGG, ResNet) has it on the pooled features before it. In place: weights, their names and their order stay,
+    and a layer that stands in several places drops in all of them. Raises RecipeError for a net without linear layers.
+    """
+    linear = [m for m in model.modules() if type(m) is nn.Linear]  # others do not call theirs (attention's projection)
+    if not linear:
+        raise RecipeError(f"model.dropout must be 0 for a net without linear layers, got {rate:g}")
+    for number, layer in enumerate(linear[1:] or linear):
+        layer.__class__ = DroppedLinear
+        layer.dropout = Dropout(rate, number, key)
+        layer.register_forward_pre_hook(_drop)
+
+
+def _drop(layer: DroppedLinear, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (layer.dropout(inputs[0]),)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastlth import specs
 from fastlth.catalogue import DatasetFacts
 from fastlth.errors import RecipeError
+from fastlth.models.dropout import add_dropout_
 from fastlth.models.init import LAYERS
 from fastlth.recipe import Recipe
 
@@ -39,6 +40,8 @@ def construct(recipe: Recipe, key: Key) -> nn.Module:
         raise RecipeError(f"{name} now makes a net of other layers or shapes than the recipe's "
                           f"({content(net)[:8]}, not {str(recipe.model.content)[:8]}); restore it, or start a new "
                           "search")  # fmt: skip
+    if recipe.model.dropout:
+        add_dropout_(net, recipe.model.dropout, recipe.seeds.key("dropout"))
     return net
 
 

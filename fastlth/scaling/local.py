@@ -154,7 +154,8 @@ def _work(pipe: Connection, place: Place) -> None:
     asked: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the scheduler decides
     for name in ("SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), lambda number, _: asked.append(number))
+        if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+            signal.signal(number, lambda number, _: asked.append(number))
 
     def stopped() -> int | None:
         return asked[0] if asked else signal.SIGTERM if os.getppid() != scheduler else None

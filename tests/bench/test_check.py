@@ -124,6 +124,22 @@ def test_masks_of_a_round_have_its_counts_and_are_obeyed_by_all():
             assert torch.count_nonzero(rival.model.get_parameter(name)[mask]) > 0
 
 
+@pytest.mark.parametrize(("model", "dataset", "batch", "shape"), [
+    ("lenet-300-100", "fashion-mnist", 128, (1, 28, 28)), ("vgg-16", "cifar100", 128, (3, 32, 32)),
+    ("conv-2", "cifar10", 60, (3, 32, 32)), ("lenet-900-300", "mnist", 60, (1, 28, 28)),
+])  # fmt: skip
+def test_every_data_set_of_the_catalogue_has_a_recipe_for_timing(model, dataset, batch, shape):
+    recipe = recipe_for(model, dataset)
+    assert (recipe.train.batch_size, recipe.data.facts.shape, recipe.data.validation) == (batch, shape, 1_000)
+    pixels = random_source(dataset, images=10).train.pixels
+    assert (pixels.shape[3], *pixels.shape[1:3]) == shape
+
+
+def test_bench_takes_shapes_by_name(command):
+    code, out, err = command("bench", "step", "lenet-300-100", "imagefolder:/flowers")
+    assert (code, out) == (2, "") and "bench takes the shape of mnist, " in err
+
+
 def test_the_rivals_learn():
     """A rival that does not train would be an easy one to beat."""
     recipe = dataclasses.replace(recipe_for("lenet-300-100", "digits"))

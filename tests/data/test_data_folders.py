@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,26 @@ def test_both_loaders_and_a_resume_of_the_crops_give_the_same_search(flowers: Pa
         run(recipe, out=tmp_path / "runs", stopped=lambda: next(stops, None))
     again = run(adjust(recipe, {"store.keep_weights": "last"}), out=tmp_path / "runs")
     assert_same_bits(last["resident"], state(load_ticket(again.ticket).trained(round=1)))
+
+
+@pytest.mark.parametrize("loader", ["resident", "ffcv"])
+def test_a_folder_from_the_command_line(loader: str, flowers: Path, tmp_path: Path, command) -> None:
+    if loader == "ffcv" and (reason := ffcv.available()):
+        pytest.skip(reason)
+    name = f"imagefolder:{flowers}"
+    code, _, said = command("data", "prepare", name, "--image-size", 16)
+    assert code == 0 and "21 training and 9 test images" in said
+    code, out, said = command(
+        "find-ticket", "resnet-8", name, "--image-size", 16, "-i", 4, "-b", 4, "--lr", 0.01, "--rounds", 1,
+        "--optimizer", "sgd", "--momentum", 0.9, "--loader", loader, "--device", "cpu", "--precision", "fp32",
+        "--compile", "off", "--set", "data.augment=resized-crop", "--set", "compute.threads=1", "--set",
+        "compute.shifted=[]", "--out", tmp_path / "runs", "--json",
+    )  # fmt: skip
+    assert code == 0, said
+    found = json.loads(out)
+    assert [r["round"] for r in found["rounds"]] == [0, 1]
+    assert Path(found["run"]).parent.name.startswith("resnet-8-flowers-")
+    assert command("ticket", "verify", found["ticket"])[0] == 0
 
 
 def test_large_sets_are_streamed(flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,11 @@ def test_the_share_is_right_and_places_layers_epochs_and_seeds_differ():
     assert torch.equal(at(0.5, 0, 100)(ones[100:]), base[100:])
 
 
+def test_features_of_any_shape_are_dropped_as_a_row_of_them():
+    x = torch.randn(6, 3, 5)
+    assert torch.equal(at(0.5, 1, 7)(x), at(0.5, 1, 7)(x.flatten(1)).view(x.shape))
+
+
 def test_gradients_pass_where_values_do():
     x = torch.ones(6, 8, requires_grad=True)
     out = at(0.5, 0, 0)(x)

@@ -19,6 +19,7 @@ from fastlth.models import build, conv
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.training import host
 from fastlth.training.engines.arena import Arena
+from fastlth.training.engines.fleet import Fleet
 from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
 from fastlth.training.resolve import engine as engine_for
@@ -185,6 +186,23 @@ def recipe_of(**settings):
     """Nesterov's momentum unless another optimizer is named."""
     settings = settings if "train__optimizer" in settings else {**OPTIMIZERS["nesterov"], **settings}
     return small_recipe("conv-2", "digits", compute__engine="graph", **{**CONV, **settings})
+
+
+def test_data_of_others_train_as_the_catalogues_do_and_folders_are_left_to_the_dense_engine():
+    """Their mean and std stand in the recipe, under whatever name."""
+    recipe, source = recipe_of(), random_source("digits")
+    facts = {n: getattr(recipe.data.facts, n) for n in ("shape", "classes", "train", "test", "mean", "std")}
+    data = dataclasses.replace(recipe.data, name="mine.data:digits", content="", **facts)
+    own = dataclasses.replace(recipe, data=data)
+    ours, theirs = make_engine(recipe, source), make_engine(own, source)
+    for engine in (ours, theirs):
+        engine.run(0, 4)
+    assert_same_bits(ours.state(), theirs.state())
+    flat = dataclasses.replace(small_recipe(), data=dataclasses.replace(data, augment="none"))
+    assert len(Fleet([flat, flat], source).members) == 2
+    folder = dataclasses.replace(recipe, data=dataclasses.replace(data, name="imagefolder:/flowers"))
+    with pytest.raises(RecipeError, match="--engine graph cannot train this: folders of images are streamed"):
+        engine_for(folder)
 
 
 def test_chunks_change_no_bit_and_states_go_on_in_either_engine():

@@ -51,9 +51,12 @@ def copies(tensors):
     return {n: t.clone() for n, t in tensors.items()}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_ten_steps_equal_the_dense_engine(optimizer):
-    (ours, masks), (theirs, _) = (engine_for(limits, **OPTIMIZERS[optimizer]) for limits in (ALL, {}))
+SETTINGS = {**OPTIMIZERS, "dropout": {"train__optimizer": "sgd", "train__lr": 0.05, "model__dropout": 0.5}}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_ten_steps_equal_the_dense_engine(settings):
+    (ours, masks), (theirs, _) = (engine_for(limits, **SETTINGS[settings]) for limits in (ALL, {}))
     assert ours.layers == {"conv1": "dense", "conv2": "kept", "fc1": "kept", "fc2": "kept", "output": "dense"}
     assert set(theirs.layers.values()) == {"dense"}
     for i in range(10):

@@ -101,7 +101,7 @@ class Fleet(graph.GraphEngine):
         ends = np.cumsum([0, *self._sizes.values()]).tolist()
         self._begins = dict(zip(self._sizes, ends, strict=False))
         self._places = torch.from_numpy(np.concatenate(list(rows.values()), 1)).to(self.device)
-        self._table = table(data.name, data.normalise).to(self.device)
+        self._table = table(data.facts, data.normalise).to(self.device)
 
     def _make_counters(self) -> None:
         super()._make_counters()

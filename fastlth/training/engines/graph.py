@@ -19,6 +19,7 @@ from fastlth_kernels.batch import AUGMENTS, assemble_batch
 from fastlth_kernels.masked_step import StepTable
 from torch import Tensor, nn
 
+from fastlth import specs
 from fastlth.data.augment import AUGMENT
 from fastlth.data.loader import on_device
 from fastlth.data.normalise import normalise, table
@@ -47,7 +48,7 @@ def unsupported(recipe: Recipe) -> str | None:
         return f"mask-0 action {recipe.prune.mask_0} keeps pruned weights at other values than 0"
     if recipe.model.own:
         return "one's own net may draw random numbers or keep records that a captured step would repeat"
-    if recipe.data.image_size is not None:
+    if specs.folder(recipe.data.name) is not None:
         return "folders of images are streamed, and a captured step reads images that live on the device"
     if recipe.compute.loader == "ffcv":
         return "compute.loader is ffcv, and a captured step reads images that live on the device"
@@ -112,7 +113,7 @@ class GraphEngine:
         self._begins = dict(zip(splits, ends, strict=False))
         self._sizes = {name: len(s.labels) for name, s in splits.items()}
         data = self._recipe.data
-        self._table = table(data.name, data.normalise).to(self.device)
+        self._table = table(data.facts, data.normalise).to(self.device)
 
     def _make_counters(self) -> None:
         recipe, order, device = self._recipe, self._order, self.device

@@ -90,7 +90,8 @@ def follow(team: Team, load: Callable[[DataSection], Source]) -> None:
     Signals are rank 0's affair, which is asked for a stop with all others.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+        if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+            signal.signal(number, signal.SIG_IGN)
     engine: Engine | None = None
     while True:
         what, a, b = team.hear(3)

@@ -85,13 +85,12 @@ def test_a_search_needs_no_optional_package(tmp_path: Path) -> None:
     assert found["kept"] == found["rounds"][2]["kept"] < 0.65 * found["rounds"][0]["kept"]
 
 
-# What a search is made of: all but the sparse engine's kernels, streaming and pictures.
-CORE = ["tests/test_masks.py", "tests/test_recipe.py", "tests/test_composition.py", "tests/test_search.py",
-        "tests/pruning", "tests/store/test_store_ticket.py", "tests/store/test_store_run.py",
-        "tests/models/test_models.py", "tests/models/test_init.py", "tests/models/test_dropout.py",
-        "tests/data/test_data_order.py", "tests/data/test_data_augment.py", "tests/data/test_data_normalise.py",
-        "tests/training/test_step.py", "tests/training/test_dense.py", "tests/training/test_trainer.py",
-        "tests/kernels/test_philox.py", "tests/kernels/test_bitmask.py"]  # fmt: skip
+# What a search is made of: recipes, nets, data on their way to a step, steps, pruning, tickets.
+CORE = ["tests/test_masks.py", "tests/test_recipe.py", "tests/test_composition.py", "tests/pruning",
+        "tests/models/test_init.py", "tests/models/test_dropout.py", "tests/data/test_data_order.py",
+        "tests/data/test_data_normalise.py", "tests/training/test_step.py", "tests/training/test_dense.py",
+        "tests/training/test_trainer.py", "tests/store/test_store_ticket.py", "tests/kernels/test_philox.py",
+        "tests/kernels/test_bitmask.py"]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -100,7 +99,7 @@ def test_the_core_of_the_suite_needs_no_optional_package() -> None:
                  "and not network and not gpu"]  # fmt: skip
     done = python(f"HIDDEN = {OPTIONAL}\n{HIDE}\nimport pytest\nsys.exit(pytest.main({[*arguments, *CORE]}))")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 300
 
 
 MISSING = {

@@ -312,21 +312,21 @@ def test_the_estimate_is_measured(out, monkeypatch):
     assert estimate.estimate(work.trainings(jobs(find("fc-3"), "smoke"), out), out, None) == 0
 
 
-@pytest.mark.parametrize(
-    "compute", [{"engine": "sparse", "break_even": 0.5}, {"engine": "dense", "compile": "off", "kept": {"fc1": 0.5}}]
-)
-def test_the_estimate_follows_the_density(monkeypatch, compute):
+@pytest.mark.parametrize(("figure", "compute", "whole"), [
+    ("fc-3", {"engine": "sparse", "break_even": 0.5}, 64 * 300),
+    ("fc-5", {"engine": "dense", "compile": "off", "kept": {"fc1": 0.5}}, 1024 * 256),
+])  # fmt: skip
+def test_the_estimate_follows_the_density(monkeypatch, figure, compute, whole):
     """With an engine whose step takes a second per kept weight of a layer: dense is timed dense."""
-    (job,) = jobs(find("fc-3"), "smoke")
+    job, *_ = jobs(find(figure), "smoke")
     sparse = dataclasses.replace(
         job.recipe,
         compute=dataclasses.replace(job.recipe.compute, **compute),
-        prune=dataclasses.replace(job.recipe.prune, rounds=10),
+        prune=dataclasses.replace(job.recipe.prune, rounds=10, rate=0.2),
     )
     monkeypatch.setattr(estimate, "_step", lambda engine, recipe: float((engine.weights()["fc1.weight"] != 0).sum()))
     training, *_ = work.trainings([dataclasses.replace(job, recipe=sparse)], NOWHERE)
     pace = estimate._pace(training, NOWHERE, None)
-    whole = 64 * 300
     assert pace.densities == pytest.approx((0.8**10, 0.8**5, 1.0)) and pace.step[-1] == whole
     assert pace.step[:2] == pytest.approx((whole * 0.8**10, whole * 0.8**5), rel=0.1)
 

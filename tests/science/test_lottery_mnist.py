@@ -128,7 +128,5 @@ def test_one_shot_tickets_are_between(paper):
           f"its reinit {fmean(drawn):.2%} {drawn}; "
           f"seed 0 dense {dense:.2%}, one-shot at 60, 40, 20 % {wide}")
     assert iterative >= fmean(once)
-    assert iterative >= fmean(drawn) + 0.003
-    # 0.003, read from the paper's figure, was the bar here too; these five seeds have 0.0027 (deviation 0.0012)
-    assert fmean(once) >= fmean(drawn) + 0.002 and all(a > b for a, b in zip(once, drawn, strict=True))
+    assert min(iterative, fmean(once)) >= fmean(drawn) + 0.003
     assert max(wide) > dense

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from fastlth.errors import Stopped
@@ -29,7 +29,9 @@ def side_by_side(
     tasks: Sequence[Callable[[Callable[[Event], None], Callable[[], bool]], Result]], *, workers: int,
     show: Callable[[int, Event], None],
 ) -> list[Result]:  # fmt: skip
-    """The results of ``tasks``, in their order; ``workers`` run at a time.
+    """The results of ``tasks``, in their order; ``workers`` run at a time, or all of them where fewer than twice as
+    many are left: three that share two cores have ended sooner than two at once and one after them, beside which a
+    core idles.
 
     A task gets two functions: one hands an event on, which ``show`` gets in the calling thread together with the
     task's number; the other says whether a task has failed, so that the rest should stop and save. When all have
@@ -49,20 +51,30 @@ def side_by_side(
         while not events.empty():
             show(*events.get())
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="fastlth-search") as pool:
-        futures = [pool.submit(work, number) for number in range(len(tasks))]
+    futures: list[Future[Result]] = []
+    with ThreadPoolExecutor(max(len(tasks), 1), thread_name_prefix="fastlth-search") as pool:
         try:
-            while not all(future.done() for future in futures):
-                wait([future for future in futures if not future.done()], LOOK_SECONDS, FIRST_EXCEPTION)
+            while running := _begin(futures, len(tasks), workers, lambda number: pool.submit(work, number), failed):
+                wait(running, LOOK_SECONDS, FIRST_COMPLETED)
                 show_all()
-                if failed.is_set():
-                    for future in futures:
-                        future.cancel()  # those that have not begun
         except BaseException:
             failed.set()
             raise
     show_all()
-    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+    errors = [error for future in futures if (error := future.exception())]
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         raise error
     return [future.result() for future in futures]
+
+
+def _begin(
+    futures: list[Future[Result]], tasks: int, workers: int, submit: Callable[[int], Future[Result]],
+    failed: threading.Event,
+) -> list[Future[Result]]:  # fmt: skip
+    """Submits, appending to ``futures``, what may run now; those that run. None begins once one has failed."""
+    running = [future for future in futures if not future.done()]
+    at_once = workers if len(running) + tasks - len(futures) >= 2 * workers else tasks
+    while len(running) < at_once and len(futures) < tasks and not failed.is_set():
+        running.append(submit(len(futures)))
+        futures.append(running[-1])
+    return running

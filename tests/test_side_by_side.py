@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 
 from fastlth.errors import DivergedError, Stopped
-from fastlth.side_by_side import cores, side_by_side
+from fastlth.side_by_side import _begin, cores, side_by_side
 
 
 def test_results_are_in_order_and_events_come_to_the_calling_thread():
@@ -36,6 +37,21 @@ def test_results_are_in_order_and_events_come_to_the_calling_thread():
 def test_two_workers_really_run_at_once():
     meet = threading.Barrier(2, timeout=30)
     assert side_by_side([lambda show, failed: meet.wait() >= 0] * 2, workers=2, show=lambda *_: None) == [True, True]
+
+
+@pytest.mark.parametrize(("tasks", "workers", "most"), [
+    (1, 2, [1]), (2, 2, [2, 1]), (3, 2, [3, 2, 1]), (4, 2, [2, 3, 2, 1]), (5, 2, [2, 2, 3, 2, 1]),
+    (7, 2, [2, 2, 2, 2, 3, 2, 1]), (5, 3, [5, 4, 3, 2, 1]), (3, 1, [1, 1, 1]),
+])  # fmt: skip
+def test_no_worker_idles_beside_the_last_tasks(tasks, workers, most):
+    """``most``: how many run until the first, second, third... ends; always the one that began first."""
+    futures = []
+    found = []
+    for number in range(tasks):
+        found.append(len(_begin(futures, tasks, workers, lambda _: Future(), threading.Event())))
+        futures[number].set_result(None)
+    assert found == most
+    assert _begin(futures, tasks, workers, lambda _: Future(), threading.Event()) == []
 
 
 def test_one_failure_lets_the_others_save_and_is_the_error_raised():

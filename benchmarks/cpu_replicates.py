@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def rows(seconds: float) -> list[dict[str, Any]]:
     """One per density: as many nets as there are cores, a thread each, against one net on all cores."""
     from fastlth.bench.paired import paired
-    from fastlth.bench.subject import Ours, masks_of_round, random_source, recipe_for, row
+    from fastlth.bench.subject import Ours, masks_of_round, recipe_for, row, source_for
     from fastlth.side_by_side import cores
 
-    count, source, found = cores(), random_source("mnist"), []
+    count, (source, images), found = cores(), source_for("mnist"), []
     whole = recipe_for("lenet-300-100", "mnist")
 
     def net(threads: int, break_even: float) -> Ours:
@@ -68,8 +68,9 @@ def rows(seconds: float) -> list[dict[str, Any]]:
                     one.steps(steps)
 
             result = paired(at_once, in_turn, budget=seconds, seed=round, block=0.2)
-            found.append(row("replicates", whole, f"{count} at once", "in turn", density, result,
-                             count * whole.train.batch_size))  # fmt: skip
+            one = row("replicates", whole, f"{count} at once", "in turn", density, result,
+                      count * whole.train.batch_size)  # fmt: skip
+            found.append({**one, "images": images})
     return found
 
 

@@ -79,7 +79,7 @@ def main() -> None:
     recipe = dataclasses.replace(recipe, compute=ComputeSection(**asked["compute"]))
     if asked["subject"] == "round":
         recipe = rounds.with_validation(recipe)
-        rounds.work(recipe, rounds.source(recipe), asked["path"], interval=STEPS)(1)
+        rounds.work(recipe, rounds.source(recipe)[0], asked["path"], interval=STEPS)(1)
     else:
         masks, _ = masks_of_round(recipe, asked["round"])
         step.work(recipe, random_source(recipe.data.name), asked["path"], masks)(STEPS)

@@ -10,7 +10,7 @@ import torch
 from fastlth.bench import memory
 from fastlth.bench.paired import Work, paired
 from fastlth.bench.rivals import Eager, normalised
-from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row, settle
+from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, recipe_for, row, settle, source_for
 from fastlth.data.sources import Source
 from fastlth.recipe import ComputeSection, Recipe
 
@@ -24,7 +24,7 @@ def rows(
     """Ours against eager, both with the paper's evaluations: 5,000 validation and 10,000 test images. With ``peaks``,
     what each takes of memory; ``compute`` as in ``step.rows``."""
     recipe = with_validation(recipe_for(model, dataset))
-    images = source(recipe)
+    images, kind = source(recipe)
     compute = compute or settle(recipe, images)
     recipe = dataclasses.replace(recipe, compute=compute)
     ours, eager = (work(recipe, images, path, interval=interval) for path in ("ours", "eager"))
@@ -32,7 +32,7 @@ def rows(
     one = row("round", recipe, "ours", "eager", masks_of_round(recipe, 0)[1], result,
               interval * recipe.train.batch_size)  # fmt: skip
     taken = memory.peak_bytes(recipe, "round", ["ours", "eager"]) if peaks else {}
-    yield {**one, "peak_bytes": taken.get("ours"), "against_peak_bytes": taken.get("eager")}
+    yield {**one, "images": kind, "peak_bytes": taken.get("ours"), "against_peak_bytes": taken.get("eager")}
 
 
 def with_validation(recipe: Recipe) -> Recipe:
@@ -41,9 +41,9 @@ def with_validation(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=data)
 
 
-def source(recipe: Recipe) -> Source:
-    """Random images: 8,192 to train on beside the 5,000 held out."""
-    return random_source(recipe.data.name, images=13_192)
+def source(recipe: Recipe) -> tuple[Source, str]:
+    """8,192 images to train on beside the 5,000 held out, and 10,000 to test; "real" or "random"."""
+    return source_for(recipe.data.name, images=13_192, test=10_000)
 
 
 def work(recipe: Recipe, images: Source, path: str, *, interval: int) -> Work:

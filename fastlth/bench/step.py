@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlth.bench import memory, peak
 from fastlth.bench.paired import Work, paired
 from fastlth.bench.rivals import Eager, Plain
-from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, random_source, recipe_for, row, settle
+from fastlth.bench.subject import Ours, Row, blocks_on, masks_of_round, recipe_for, row, settle, source_for
 from fastlth.data.sources import Source
 from fastlth.recipe import ComputeSection, Recipe
 
@@ -28,7 +28,8 @@ def rows(
     our dense engine with all layers dense too, where ``auto`` took another one or lets layers leave it. With ``peaks``,
     what each path takes of memory, measured once with the masks of the first round. ``compute`` is what ``settle``
     gives, found out where it is not given."""
-    recipe, source = recipe_for(model, dataset), random_source(dataset)
+    recipe = recipe_for(model, dataset)
+    source, images = source_for(dataset)
     compute = compute or settle(recipe, source)
     recipe = dataclasses.replace(recipe, compute=compute)
     limit, flops = peak.measure(compute.device.split(":")[0]), peak.flops_per_image(recipe)
@@ -41,7 +42,7 @@ def rows(
     taken = memory.peak_bytes(recipe, "step", names, rounds[0] if rounds else 0) if peaks else {}
 
     def finished(one: Row) -> Row:
-        return {**one, "precision": compute.precision, "threads": compute.threads,
+        return {**one, "images": images, "precision": compute.precision, "threads": compute.threads,
                 "share": one["images_per_second"] * flops / limit[compute.precision],
                 "peak_bytes": taken.get(one["path"]), "against_peak_bytes": taken.get(one["against"])}  # fmt: skip
 

@@ -1,6 +1,7 @@
-"""What every speed subject starts from: a recipe, random images in its shape, masks of a round, our own steps.
+"""What every speed subject starts from: a recipe, images in its shape, masks of a round, our own steps.
 
-Speed does not depend on what the pixels show, so nothing has to be downloaded to measure it.
+Images are real ones where they lie on this machine, and random ones otherwise, so that nothing has to be downloaded.
+What they show matters to one engine only: the sparse engine multiplies by no pixel that is black in a whole batch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastlth.bench.paired import Paired
 from fastlth.catalogue import DATASETS, dataset_name, model_name
 from fastlth.composition import compose, presets_for
-from fastlth.data.sources import Images, Source
+from fastlth.data.sources import Images, Source, data_root, load, state
 from fastlth.errors import RecipeError
 from fastlth.models import skeleton, weight_names
 from fastlth.pruning import groups, layer_rates
@@ -26,6 +27,7 @@ from fastlth.training.engines.make import make_engine
 from fastlth.training.resolve import resolve
 
 IMAGES = 8_192  # more than the caches hold, less than a laptop's patience
+TEST = 1_000
 ROWS = 1_000  # steps between two readings of an engine's record
 USUAL: dict[str, Any] = {"train.iterations": ROWS, "train.batch_size": 128, "train.optimizer": "sgd", "train.lr": 0.1,
                          "train.momentum": 0.9, "train.weight_decay": 1e-4}  # fmt: skip
@@ -51,8 +53,19 @@ def recipe_for(model: str, dataset: str) -> Recipe:
     )
 
 
-def random_source(dataset: str, images: int = IMAGES, seed: int = 0) -> Source:
-    """Random pixels and labels in the shape of a data set: ``images`` to train and validate on, 1,000 to test."""
+def source_for(dataset: str, images: int = IMAGES, test: int = TEST) -> tuple[Source, str]:
+    """The first images of a data set and "real" where it lies on this machine, else random ones and "random"."""
+    name, root = dataset_name(dataset), data_root()
+    if state(name, root) != "ready":
+        return random_source(name, images, test=test), "random"
+    found = load(name, root, download=False)
+    train, held_out = (Images(some.pixels[:count], some.labels[:count])
+                       for some, count in ((found.train, images), (found.test, test)))  # fmt: skip
+    return dataclasses.replace(found, train=train, test=held_out), "real"
+
+
+def random_source(dataset: str, images: int = IMAGES, seed: int = 0, test: int = TEST) -> Source:
+    """Random pixels and labels in the shape of a data set: ``images`` to train and validate on, ``test`` to test."""
     facts = DATASETS[dataset_name(dataset)]
     channels, height, width = facts.shape
     rng = np.random.default_rng(seed)
@@ -61,7 +74,7 @@ def random_source(dataset: str, images: int = IMAGES, seed: int = 0) -> Source:
         pixels = rng.integers(0, 256, (count, height, width, channels), dtype=np.uint8)
         return Images(pixels, rng.integers(0, facts.classes, count))
 
-    return Source(dataset, some(min(images, facts.train)), some(min(1_000, facts.test)))
+    return Source(dataset, some(min(images, facts.train)), some(min(test, facts.test)))
 
 
 def settle(recipe: Recipe, source: Source) -> ComputeSection:

@@ -53,9 +53,9 @@ def bench(
 def _default_set() -> Iterator[Iterable[dict[str, Any]]]:
     """Chosen to end within two minutes, also on a machine with other work."""
     from fastlth.bench import loaders, rounds, startup, step
-    from fastlth.bench.subject import random_source, recipe_for, settle
+    from fastlth.bench.subject import recipe_for, settle, source_for
 
-    lenet = settle(recipe_for("lenet-300-100", "mnist"), random_source("mnist"))
+    lenet = settle(recipe_for("lenet-300-100", "mnist"), source_for("mnist")[0])
     yield step.rows("lenet-300-100", "mnist", [0, 10, 20], seconds=2.0, compute=lenet)
     yield step.rows("conv-2", "cifar-10", [0], seconds=2.0, peaks=False)
     yield rounds.rows("lenet-300-100", "mnist", seconds=3.0, peaks=False, compute=lenet)

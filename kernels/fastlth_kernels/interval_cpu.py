@@ -25,6 +25,7 @@ from .update_cpu import rule_at, update
 _forward_sparse, _forward_dense = sparse_cpu.forward, dense_cpu.forward
 _backward_sparse, _backward_dense = sparse_cpu.backward, dense_cpu.backward
 _gradient, _transpose, _descend = sparse_cpu.gradient, dense_cpu.transpose, dense_cpu.descend
+_fold, _find_active = dense_cpu.fold, dense_cpu.find_active
 
 
 class Net(NamedTuple):
@@ -47,6 +48,10 @@ class Net(NamedTuple):
     shifts: Any
     places: Any
     """int64 [threads * pitch]: where the images of a thread's batch begin"""
+    ranks: Any
+    """int64 [features]: the row of the first layer's inputs in which a pixel stands"""
+    lists: Any
+    """int64 [n]: what is summed over, see `dense_cpu`"""
     counter: Any
     """int64 [1]: arrivals at the barrier"""
 
@@ -64,14 +69,20 @@ class Images(NamedTuple):
 
 @compiled
 def _assemble(net: Net, data: Images, thread: int, begin: int, images: int, x: int) -> None:
-    """The features of ``images`` images from ``begin``, at x; missing images repeat the last."""
-    pitch, features, mine = net.plan[0].pitch, net.layers[0].inputs, thread * net.plan[0].pitch
+    """The features of ``images`` images from ``begin``, at x, and for a dense layer what is not 0 in them; missing
+    images repeat the last."""
+    plan, layer = net.plan[0], net.layers[0]
+    pitch, features, mine = plan.pitch, layer.inputs, thread * plan.pitch
     for i in range(pitch):
         net.places[mine + i] = data.chosen[begin + min(i, images - 1)] * features
     for block in range(len(net.scales)):
         for lane in range(0, pitch, LANES):
-            store_pixels(net.memory, x + block * GROUP * pitch + lane, pitch, data.pixels, block * GROUP,
-                         net.places, mine + lane, net.scales[block], net.shifts[block])  # fmt: skip
+            store_pixels(net.memory, x + lane, pitch, data.pixels, block * GROUP,
+                         net.places, mine + lane, net.ranks, net.scales[block], net.shifts[block])  # fmt: skip
+    every = thread * plan.lists
+    net.lists[every] = images
+    if layer.dense:
+        _find_active(net.memory, net.lists, layer, x, pitch, images, every + plan.active, every + plan.active_images)
 
 
 @compiled
@@ -84,23 +95,38 @@ def _fetch(net: Net, data: Images, begin: int, end: int) -> None:
 
 
 @compiled
-def _forward(net: Net, i: int, thread: int, x: int, y: int, relu: bool) -> None:
-    layer, part, pitch = net.layers[i], net.parts[i, thread], net.plan[0].pitch
+def _forward(net: Net, i: int, thread: int, of: int, x: int, y: int, relu: bool) -> None:
+    """The rows of thread ``of``, by ``thread``."""
+    layer, part, plan = net.layers[i], net.parts[i, of], net.plan[0]
+    pitch, every = plan.pitch, thread * plan.lists
     for lane in range(0, pitch, LANES):
-        if layer.dense:
-            _forward_dense(net.memory, layer, part.low, part.high, x + lane, y + lane, pitch, relu)
-        else:
+        if not layer.dense:
             _forward_sparse(net.memory, net.indices, layer, part, x + lane, y + lane, pitch, relu)
+            continue
+        chosen, count = every, layer.inputs
+        if i == 0:
+            chosen = every + plan.active + lane // LANES * (layer.inputs + 1)
+            count = net.lists[chosen]
+        _forward_dense(net.memory, net.lists, chosen + 1, count, layer, part.low, part.high, x + lane, y + lane, pitch,
+                       relu)  # fmt: skip
 
 
 @compiled
-def _backward(net: Net, i: int, low: int, high: int, x: int, d: int, below: int) -> None:
-    layer, pitch = net.layers[i], net.plan[0].pitch
+def _backward(net: Net, i: int, thread: int, low: int, high: int, x: int, d: int, below: int) -> None:
+    layer, pitch, every = net.layers[i], net.plan[0].pitch, thread * net.plan[0].lists
     for lane in range(0, pitch, LANES):
         if layer.dense:
-            _backward_dense(net.memory, layer, low, high, x + lane, d + lane, below + lane, pitch)
+            _backward_dense(net.memory, net.lists, every + 1, layer, low, high, x + lane, d + lane, below + lane, pitch)
         else:
             _backward_sparse(net.memory, net.indices, layer, low, high, x + lane, d + lane, below + lane, pitch)
+
+
+@compiled
+def fold_all(net: Net) -> None:
+    """What outputs of dense layers start with, from the weights as they are now."""
+    for i in range(len(net.layers)):
+        if net.layers[i].dense:
+            _fold(net.memory, net.layers[i], 0, net.layers[i].outputs)
 
 
 @compiled
@@ -165,7 +191,7 @@ def interval(
     memory, layers, plan = net.memory, net.layers, net.plan[0]
     threads, pitch, top, shared = plan.threads, plan.pitch, len(layers) - 1, plan.shared
     own, classes, met = plan.private + thread * plan.block, layers[top].outputs, 0
-    z = own + plan.z
+    z, every = own + plan.z, thread * plan.lists
     _assemble(net, data, thread, bounds[0], bounds[1] - bounds[0], own + layers[0].x)
     for s in range(len(rates)):
         begin, images = bounds[s], bounds[s + 1] - bounds[s]
@@ -174,18 +200,18 @@ def interval(
         if s + 1 < len(rates):
             _fetch(net, data, bounds[s + 1], bounds[s + 2])
         for i in range(top):
-            _forward(net, i, thread, _place_of_x(net, i, own), shared + layers[i + 1].x, True)
+            _forward(net, i, thread, thread, _place_of_x(net, i, own), shared + layers[i + 1].x, True)
             met += threads
             wait(net.counter, met)
         for t in range(threads):
-            _forward(net, top, t, _place_of_x(net, top, own), z, False)
+            _forward(net, top, thread, t, _place_of_x(net, top, own), z, False)
         loss, hit = _scores(memory, data, begin, images, z, classes, pitch)
         if thread == 0:
             losses[s], hits[s] = loss / images, hit
         _residual(memory, data, begin, images, z, classes, pitch)
         for i in range(top, 0, -1):
             mine, part = i == top, net.parts[i - 1, thread]  # of the layer below, whose gradients these rows are
-            _backward(net, i, 0 if mine else part.low, layers[i].inputs if mine else part.high,
+            _backward(net, i, thread, 0 if mine else part.low, layers[i].inputs if mine else part.high,
                       shared + layers[i].x, _place_of_d(net, i, own), _place_of_d(net, i - 1, own))  # fmt: skip
             if not mine:
                 met += threads
@@ -198,8 +224,10 @@ def interval(
         for i in range(top + 1):
             layer, part, x, d = layers[i], net.parts[i, thread], _place_of_x(net, i, own), _place_of_d(net, i, own)
             if layer.dense:
-                _transpose(memory, layer.inputs + 1, x, pitch, own + layer.xt, layer.pitch)
-                _descend(memory, net.masks, layer, part, own + layer.xt, d, pitch, images, rule)
+                _transpose(memory, layer.inputs, x, pitch, own + layer.xt, layer.pitch)
+                active, apart = (every + plan.active_images, pitch + 1) if i == 0 else (every, 0)
+                _descend(memory, net.masks, net.lists, active, apart, layer, part, own + layer.xt, d, pitch, rule)
+                _fold(memory, layer, part.low, part.high)
             else:
                 _gradient(memory, net.indices, layer, part, x, d, pitch)
                 update(memory, layer.w + part.begin, layer.m + part.begin, layer.v + part.begin, layer.g + part.begin,
@@ -237,7 +265,7 @@ def scores(thread: int, net: Net, data: Images, results: Any) -> None:
         for i in range(top + 1):
             y = own + (plan.z if i == top else net.layers[i + 1].x)
             for t in range(plan.threads):
-                _forward(net, i, t, own + net.layers[i].x, y, i < top)
+                _forward(net, i, thread, t, own + net.layers[i].x, y, i < top)
         more, hit = _scores(net.memory, data, begin, images, own + plan.z, net.layers[top].outputs, pitch)
         loss += more
         hits += hit

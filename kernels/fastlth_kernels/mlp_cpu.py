@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .compiled import compile_for
 from .dense_cpu import TILE
 from .interval_cpu import Images as Images
-from .interval_cpu import Net, interval, scores
+from .interval_cpu import Net, fold_all, interval, scores
 from .shuffles import GROUP
 from .simd import LANES
 from .update_cpu import KINDS
@@ -26,12 +26,14 @@ Array = NDArray[Any]
 
 LAYER = np.dtype([(name, np.int64) for name in (
     "inputs", "outputs", "dense", "x", "d", "w", "m", "v", "g", "pitch", "xt", "mask",
-    "columns", "panels", "back_starts", "back_rows", "back_entries",
+    "shift", "start", "sums", "columns", "panels", "back_starts", "back_rows", "back_entries",
 )])  # fmt: skip
 PART = np.dtype([(name, np.int64) for name in (
     "low", "high", "g", "starts", "begin", "used", "end",
 )])  # fmt: skip
-PLAN = np.dtype([(name, np.int64) for name in ("threads", "pitch", "shared", "private", "block", "z")])
+PLAN = np.dtype([(name, np.int64) for name in (
+    "threads", "pitch", "shared", "private", "block", "z", "lists", "active", "active_images",
+)])  # fmt: skip
 
 PANEL = 192
 """columns whose 64 images fit the L1 cache"""
@@ -70,13 +72,15 @@ class MaskedMlp:
     """Linear layers with ReLU between them, trained by ``threads`` threads on batches of at most ``batch`` images.
 
     ``masks`` are bool [outputs, inputs] (True = kept); ``dense`` says how each layer runs. Weights, biases and
-    moments start at 0. ``scales`` and ``shifts`` [inputs / 16] turn pixels into numbers. ``pool`` has threads - 1
-    free threads (None for one thread): while one is missing, the others wait for it.
+    moments start at 0. ``scales`` and ``shifts`` [inputs / 16] turn pixels into numbers; ``lit`` [inputs] says how
+    often each pixel is not black, which costs less where such pixels stand together (None: they stand as they come).
+    ``pool`` has threads - 1 free threads (None for one thread): while one is missing, the others wait for it.
     """
 
     def __init__(
         self, masks: Sequence[NDArray[np.bool_]], dense: Sequence[bool], optimizer: Optimizer, scales: Array,
-        shifts: Array, *, batch: int, threads: int = 1, pool: ThreadPoolExecutor | None = None, dtype: Any = np.float32,
+        shifts: Array, *, batch: int, lit: Array | None = None, threads: int = 1,
+        pool: ThreadPoolExecutor | None = None, dtype: Any = np.float32,
     ) -> None:  # fmt: skip
         if masks[0].shape[1] % GROUP:
             raise ValueError(f"the first layer must have a multiple of {GROUP} inputs, got {masks[0].shape[1]}")
@@ -85,6 +89,9 @@ class MaskedMlp:
         self._floats, self._ints = _Arena(), _Arena()
         self._index_parts: list[tuple[int, Array]] = []
         self._bits: list[Array] = []
+        self._ranks = np.arange(masks[0].shape[1])
+        if lit is not None and dense[0]:
+            self._ranks[np.argsort(-lit, kind="stable")] = np.arange(len(lit))
         layers, parts = np.zeros(len(masks), LAYER), np.zeros((len(masks), threads), PART)
         self._entries: list[tuple[Array, Array]] = []
         """per layer: where its entries stand in ``w``, and in a flattened [outputs, inputs + 1] (last column: bias)"""
@@ -102,10 +109,10 @@ class MaskedMlp:
         bits = np.concatenate([*self._bits, np.zeros(1, np.int64)])  # numba wants an array, dense layer or not
         self.net = Net(
             memory, indices, bits, layers.view(np.recarray), parts.view(np.recarray), plan.view(np.recarray),
-            np.ascontiguousarray(scales, dtype), np.ascontiguousarray(shifts, dtype),
-            np.zeros(threads * self.pitch, np.int64), np.zeros(1, np.int64),
+            np.ascontiguousarray(scales, dtype), np.ascontiguousarray(shifts, dtype) * (not dense[0]),
+            np.zeros(threads * self.pitch, np.int64), self._ranks, self._lists(layers, plan), np.zeros(1, np.int64),
         )  # fmt: skip
-        self._write_ones()
+        self._write_constants(shifts)
 
     # ---- layout
 
@@ -115,16 +122,18 @@ class MaskedMlp:
         layer["pitch"] = pitch
         for name in ("w", "m", "v"):
             layer[name] = self._floats.take(outputs * pitch)
+        layer["shift"], layer["start"], layer["sums"] = map(self._floats.take, (pitch, outputs, outputs))
+        row, column = np.nonzero(kept)
+        entry = row * pitch + (column if self._entries else np.append(self._ranks, inputs)[column])
         padded = np.zeros((outputs, pitch), bool)
-        padded[:, : inputs + 1] = kept
+        padded.reshape(-1)[entry] = True
         for part in parts:
             part["g"] = self._floats.take(TILE * LANES)
         layer["mask"] = sum(len(bits) for bits in self._bits)
         self._bits.append(np.packbits(padded, bitorder="little").view("<i8").astype(np.int64))
         cuts = _cut_evenly(outputs, self.threads, TILE)
         parts["low"], parts["high"] = cuts[:-1], cuts[1:]
-        row, column = np.nonzero(kept)
-        return row * pitch + column, row * (inputs + 1) + column
+        return entry, row * (inputs + 1) + column
 
     def _sparse(self, layer: Any, parts: Array, kept: NDArray[np.bool_]) -> tuple[Array, Array]:
         outputs, inputs = len(kept), kept.shape[1] - 1
@@ -158,7 +167,7 @@ class MaskedMlp:
         for name in ("w", "m", "v", "g"):
             layer[name] = self._floats.take(end)
         columns = np.zeros(end, np.int32)
-        columns[entry] = column
+        columns[entry] = np.where(column < inputs, column, _up(inputs, GROUP))
         layer["columns"], layer["panels"] = self._take_indices(columns), panels
 
         back = np.argsort(column, kind="stable")
@@ -168,10 +177,10 @@ class MaskedMlp:
         return entry, row * (inputs + 1) + column
 
     def _activations(self, layers: Array, plan: Array) -> None:
-        """A block per thread and one shared: inputs of every layer (one row more: ones), logits, gradients."""
+        """A block per thread and one shared: inputs of every layer (behind them a row of ones), logits, gradients."""
         block = _Arena()
         for layer in layers:
-            layer["x"] = block.take(_up(int(layer["inputs"]) + 1, GROUP) * self.pitch)
+            layer["x"] = block.take((_up(int(layer["inputs"]), GROUP) + 1) * self.pitch)
             if layer["dense"]:
                 layer["xt"] = block.take(self.pitch * int(layer["pitch"]))
         plan["z"] = block.take((int(layers[-1]["outputs"]) + 1) * self.pitch)
@@ -181,12 +190,28 @@ class MaskedMlp:
         plan["shared"] = self._floats.take(block.size)
         plan["private"] = self._floats.take(block.size * self.threads)
 
-    def _write_ones(self) -> None:
+    def _lists(self, layers: Array, plan: Array) -> Array:
+        """Of each thread: everything (its length, 0, 1, 2 ...), then what is not black in the batch at hand."""
+        longest = max(self.pitch, int(layers["inputs"].max()), int(layers["outputs"].max()))
+        plan["active"] = 1 + longest
+        plan["active_images"] = plan["active"] + self.pitch // LANES * (layers[0]["inputs"] + 1)
+        size = _up(int(plan["active_images"][0] + layers[0]["pitch"] // LANES * (self.pitch + 1)), LANES)
+        plan["lists"] = size
+        lists = np.zeros((self.threads, size), np.int64)
+        lists[:, 1 : 1 + longest] = np.arange(longest)
+        return lists.reshape(-1)
+
+    def _write_constants(self, shifts: Array) -> None:
+        """Behind the inputs of every layer a row of ones, for biases among kept weights; of dense layers the shifts."""
         net, plan = self.net, self.net.plan[0]
         blocks = [plan.shared, *(plan.private + t * plan.block for t in range(self.threads))]
-        for block in blocks:
-            for layer in net.layers:
-                net.memory[block + layer.x + layer.inputs * self.pitch :][: self.pitch] = 1
+        for i, layer in enumerate(net.layers):
+            for block in blocks:
+                net.memory[block + layer.x + _up(layer.inputs, GROUP) * self.pitch :][: self.pitch] = 1
+            if layer.dense:
+                net.memory[layer.shift + layer.inputs] = 1
+                if i == 0:
+                    net.memory[layer.shift + self._ranks] = np.repeat(shifts, GROUP)
 
     def _take_indices(self, values: Array) -> int:
         place = self._ints.take(len(values))
@@ -223,6 +248,7 @@ class MaskedMlp:
         losses, hits = np.zeros(len(rates)), np.zeros(len(rates), np.int64)
         numbers = np.array([o.weight_decay, o.momentum, *o.betas, o.eps])
         self.net.counter[0] = 0
+        self._fold()
         self._on_all(
             interval, self.net, data, bounds, rates, step, KINDS[o.kind], int(o.nesterov), numbers, losses, hits
         )
@@ -231,13 +257,21 @@ class MaskedMlp:
     def scores(self, data: Images) -> tuple[float, int]:
         """Sum of the cross-entropy and number of hits over data.chosen."""
         results = np.zeros((self.threads, 2))
+        self._fold()
         self._on_all(scores, self.net, data, results)
         return float(results[:, 0].sum()), int(results[:, 1].sum())
 
-    def _on_all(self, function: Any, *args: Any) -> None:
+    def _compile(self, function: Any, *args: Any) -> None:
         if function not in self._compiled:
-            compile_for(function, (0, *args))
+            compile_for(function, args)
             self._compiled.add(function)
+
+    def _fold(self) -> None:
+        self._compile(fold_all, self.net)
+        fold_all(self.net)
+
+    def _on_all(self, function: Any, *args: Any) -> None:
+        self._compile(function, 0, *args)
         others = [self._pool.submit(function, t, *args) for t in range(1, self.threads)] if self._pool else []
         function(0, *args)
         for other in others:

@@ -105,16 +105,18 @@ def store_pixels(
     skip: Any,
     places: Any,
     first: Any,
+    ranks: Any,
     scale: Any,
     shift: Any,
 ) -> Any:
-    """16 pixels of 64 images, turned: the Lanes at out + f * pitch are pixel f of every image, times scale plus
-    shift. Image i's 16 pixels begin at pixels[skip + places[first + i]]."""
+    """16 pixels of 64 images, turned: the Lanes at out + ranks[skip + f] * pitch are pixel f of every image, times
+    scale plus shift. Image i's 16 pixels begin at pixels[skip + places[first + i]]."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        memory, out, pitch, pixels, skip, places, first, scale, shift = args
+        memory, out, pitch, pixels, skip, places, first, ranks, scale, shift = args
         bytes16 = ir.VectorType(I8, GROUP)
         starts = context.make_array(sig.args[5])(context, b, places).data
+        rows = context.make_array(sig.args[7])(context, b, ranks).data
         quads = []  # row i: pixel f of images 4i .. 4i+3 is its f-th 32-bit word
         for i in range(0, LANES, 4):
             four = []
@@ -128,15 +130,16 @@ def store_pixels(
         a, c = splatted(b, scale, GROUP), splatted(b, shift, GROUP)
         for f, row in enumerate(_butterfly(b, quads)):
             images = b.bitcast(row, ir.VectorType(I8, LANES))
+            line = b.add(out, b.mul(pitch, b.load(b.gep(rows, [b.add(skip, ir.Constant(I64, f))]))))
             for q in range(0, LANES, GROUP):  # by 16, since longer conversions spill registers
                 part = b.uitofp(shuffled(b, images, images, list(range(q, q + GROUP))), ir.VectorType(real, GROUP))
-                place = b.add(b.add(out, b.mul(pitch, ir.Constant(I64, f))), ir.Constant(I64, q))
+                place = b.add(line, ir.Constant(I64, q))
                 there = address_of(context, b, sig.args[0], memory, place, part.type)
                 b.store(called(b, "fma", part, a, c), there, align=64)
         return context.get_dummy_value()
 
     i64, real = types.int64, memory.dtype
-    return types.void(memory, i64, i64, pixels, i64, places, i64, real, real), build
+    return types.void(memory, i64, i64, pixels, i64, places, i64, ranks, real, real), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -217,6 +217,16 @@ def where(typing: Any, bits: Any, x: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def nonzero(typing: Any, x: Any) -> Any:
+    """An int64 whose bit i (the lowest is 0) says that lane i is not 0; NaN is not."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.bitcast(b.fcmp_unordered("!=", args[0], constant(args[0].type, 0.0)), I64)
+
+    return types.int64(x), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def total(typing: Any, x: Any) -> Any:
     """The sum of the lanes."""
 

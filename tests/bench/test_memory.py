@@ -77,7 +77,7 @@ def test_every_path_of_a_step_alone_trains_the_kept_weights(path):
 def test_every_path_of_a_round_alone_trains_and_evaluates_as_a_search(path, monkeypatch):
     recipe = rounds.with_validation(small())
     assert recipe.data.validation == 300
-    source = rounds.source(recipe)
+    source, _ = rounds.source(recipe)
     sizes = {300: "validation", len(source.test.labels): "test"}
     assert len(sizes) == 2
     done = []

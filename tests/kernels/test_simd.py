@@ -114,9 +114,9 @@ def test_dots(count, add, dtype):
 
 
 @njit
-def turn(memory, pixels, places):
+def turn(memory, pixels, places, ranks):
     real = memory.dtype.type
-    shuffles.store_pixels(memory, 0, 64, pixels, 1, places, 2, real(0.5), real(-3))
+    shuffles.store_pixels(memory, 0, 64, pixels, 1, places, 2, ranks, real(0.5), real(-3))
     shuffles.transpose16(memory, 1024, 16, 1280, 32)
 
 
@@ -126,12 +126,25 @@ def test_transposes(dtype):
     pixels = rng.integers(0, 256, 5000, dtype=np.uint8)
     places = rng.integers(0, 4900, 66)
     memory = aligned(rng.normal(size=2048), dtype)
-    before = memory.copy()
-    turn(memory, pixels, places)
+    before, ranks = memory.copy(), np.append(-1, rng.permutation(16))
+    turn(memory, pixels, places, ranks)
     for f in range(16):
-        assert (memory[64 * f :][:64] == pixels[1 + places[2:] + f] * 0.5 - 3).all()
+        assert (memory[64 * ranks[1 + f] :][:64] == pixels[1 + places[2:] + f] * 0.5 - 3).all()
     turned = memory[1280:].reshape(-1, 32)[:16, :16]
     assert (turned == before[1024:1280].reshape(16, 16).T).all()
+
+
+@njit
+def lit(memory):
+    return simd.nonzero(simd.load(memory, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_lanes_that_are_not_zero(dtype):
+    values = np.random.default_rng(4).integers(0, 2, 64) * 0.1
+    values[3:7] = -0.0, np.nan, np.inf, -1e-30
+    found = lit(aligned(values, dtype))
+    assert [found >> i & 1 for i in range(64)] == (values != 0).tolist()
 
 
 @njit

@@ -30,6 +30,8 @@ Array = NDArray[Any]
 
 PIXELS = 16
 """pixels that the kernels turn at a time"""
+SEEN = 4096
+"""images that say how often each pixel is black: the order in which they are summed, not what they are"""
 
 
 def unsupported(recipe: Recipe) -> str | None:
@@ -85,6 +87,8 @@ class SparseEngine:
         self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="fastlth") if threads > 1 else None
         self._splits = {name: _flat(images) for name, images in splits.items()}
         self._scales, self._shifts = _affine(recipe, int(start[self.weight_names[0]].shape[1]))
+        pixels = self._splits["train"][0].reshape(-1, len(self._scales) * PIXELS)
+        self._lit = (pixels[:SEEN] != 0).mean(0)
         train = recipe.train
         self._optimizer = mlp_cpu.Optimizer(
             train.optimizer, train.momentum, train.nesterov, train.weight_decay, train.betas, train.eps
@@ -113,8 +117,8 @@ class SparseEngine:
         self._layout = {w: float(m.float().mean()) > limit for w, m in self._masks.items()}
         return self._mlp.MaskedMlp(
             [m.numpy() for m in self._masks.values()], list(self._layout.values()), self._optimizer,
-            self._scales, self._shifts, batch=self._recipe.train.batch_size, threads=self._recipe.compute.threads,
-            pool=self._pool,
+            self._scales, self._shifts, batch=self._recipe.train.batch_size, lit=self._lit,
+            threads=self._recipe.compute.threads, pool=self._pool,
         )  # fmt: skip
 
     def set_masks(self, masks: Tensors) -> None:

@@ -41,7 +41,7 @@ def by_density(rows: Sequence[Row], file: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="density (kept / all weights)")
         axes.invert_xaxis()
         axes.grid(alpha=0.3, which="both")
-    speed.legend()
+    speed.legend(loc="best")
     figure.suptitle(f"{rows[0]['model']} on {rows[0]['dataset']}, batch {steps.batch_size}")
     try:
         figure.savefig(file, dpi=150)

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -64,6 +65,8 @@ def connect(address: str | None) -> Any:
             ray.init(address=given, **quiet)
             return ray
         try:
+            if (noted := _noted()) and not _answers(noted):
+                raise ConnectionError(f"nothing answers at {noted}")
             ray.init(address="auto", **quiet)
         except ConnectionError:
             ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
@@ -72,6 +75,16 @@ def connect(address: str | None) -> Any:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EnvironmentFailure(f"no Ray cluster at {where}: {first}; start one with 'ray start --head'") from error
     return ray
+
+
+def _noted() -> str:
+    """The cluster of this machine that Ray would join, "" where it has noted none. A cluster that was killed leaves its
+    note behind, and Ray would wait for it for minutes."""
+    root = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or tempfile.gettempdir()
+    try:
+        return (Path(root) / "ray" / "ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _answers(address: str) -> bool:

@@ -102,8 +102,9 @@ class DataSection:
     normalise: str = "mean-std"
     """mean-std (per channel), unit (pixels / 255) or half (pixels / 127.5 - 1)"""
     augment: str = "none"
-    """none, flip-crop (random flip, 4-pixel pad and crop), lecode (colour, flip) or resized-crop (a random part of the
-    image, scaled to the whole, and flip)"""
+    """none, flip-crop (random flip, 4-pixel pad and crop), lecode (colour, flip), resized-crop (a random part of the
+    image, scaled to the whole, and flip) or photo-crop (the same of the whole photograph of an image folder, which is
+    decoded for every batch)"""
     image_size: int | None = None
     """of an image folder: height and width of the images that a net sees; 224 where not given"""
     shape: tuple[int, int, int] | None = None
@@ -127,7 +128,10 @@ class DataSection:
                f"leave images to train on and to validate on (1 to {facts.train - 1})",
                self.validation)  # fmt: skip
         _choice("data.normalise", self.normalise, ("mean-std", "unit", "half"))
-        _choice("data.augment", self.augment, ("none", "flip-crop", "lecode", "resized-crop"))
+        _choice("data.augment", self.augment, ("none", "flip-crop", "lecode", "resized-crop", "photo-crop"))
+        _check("data.augment", self.augment != "photo-crop" or specs.folder(self.name) is not None,
+               "be another one but for imagefolder:PATH; resized-crop does the same on images of one size",
+               self.augment)  # fmt: skip
         _check("data.augment", self.augment != "lecode" or facts.shape[0] == 3,
                "be none or flip-crop for images without colour", self.augment)  # fmt: skip
 
@@ -370,7 +374,8 @@ class ComputeSection:
     channels_last: str = "auto"
     """auto, on or off"""
     loader: str = "auto"
-    """auto, resident (the set lives on the device) or ffcv (streamed)"""
+    """auto, resident (the set lives on the device) or ffcv (streamed); pillow decodes for augment photo-crop without
+    FFCV"""
     engine: str = "auto"
     """auto, dense (any net, any device), sparse (fully connected nets on a CPU: cost falls with density) or graph (any
     net on CUDA: the whole step is one captured graph)"""
@@ -395,7 +400,7 @@ class ComputeSection:
         _choice("compute.precision", self.precision, ("auto", "fp32", "bf16"))
         _choice("compute.compile", self.compile, ("auto", "on", "off"))
         _choice("compute.channels_last", self.channels_last, ("auto", "on", "off"))
-        _choice("compute.loader", self.loader, ("auto", "resident", "ffcv"))
+        _choice("compute.loader", self.loader, ("auto", "resident", "ffcv", "pillow"))
         _choice("compute.engine", self.engine, ("auto", "dense", "sparse", "graph"))
         _check("compute.break_even", self.break_even == -1 or 0 <= self.break_even <= 1,
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip

@@ -67,7 +67,7 @@ RULES = [
                                  "got 50000"),
     ("data__normalise", "z", "unknown data.normalise 'z'; choose one of: mean-std, unit, half"),
     ("data__augment", "flip", "unknown data.augment 'flip' (did you mean 'flip-crop'?); "
-                              "choose one of: none, flip-crop, lecode, resized-crop"),
+                              "choose one of: none, flip-crop, lecode, resized-crop, photo-crop"),
     ("train__iterations", 0, "train.iterations must be at least 1, got 0"),
     ("train__batch_size", 0, "train.batch_size must be at least 1, got 0"),
     ("train__batch_size", 45_001, "train.batch_size must be at most the 45000 training images, got 45001"),
@@ -141,7 +141,7 @@ RULES = [
                                    "choose one of: auto, fp32, bf16"),
     ("compute__compile", "yes", "unknown compute.compile 'yes'; choose one of: auto, on, off"),
     ("compute__channels_last", "1", "unknown compute.channels_last '1'; choose one of: auto, on, off"),
-    ("compute__loader", "torch", "unknown compute.loader 'torch'; choose one of: auto, resident, ffcv"),
+    ("compute__loader", "torch", "unknown compute.loader 'torch'; choose one of: auto, resident, ffcv, pillow"),
     ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense, sparse, graph"),
     ("compute__kernels", "cuda", "unknown compute.kernels 'cuda'; choose one of: auto, torch, triton"),
     ("compute__break_even", 1.5, "compute.break_even must be in 0 to 1, or -1 to have it measured, got 1.5"),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure speed and size on this machine, in paired ratios; keep them from falling.")
 
 Opt = typer.Option
+FIRST = "finding out what is fastest here; for a large net that alone takes minutes, most of them torch.compile's"
 SHAPES = f"Whose image shape: {', '.join(DATASETS)}"
 Model = Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}")]
 Dataset = Annotated[str, typer.Argument(help=SHAPES)]
@@ -85,7 +86,7 @@ def step(
     if compiled and not can_compile():
         console().print("torch.compile is left out: no C++ compiler found", highlight=False)
         compiled = False
-    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled, dense=dense)], record)
+    found = _rows(json, [rows(model, dataset, which, seconds=seconds, compiled=compiled, dense=dense)], record, FIRST)
     if plot is not None:
         by_density(found, plot)
 
@@ -98,7 +99,7 @@ def round_(
     """Steps together with the paper's evaluations, ours against everyday PyTorch."""
     from fastlth.bench.rounds import rows
 
-    _rows(json, [rows(model, dataset, seconds=seconds)], record)
+    _rows(json, [rows(model, dataset, seconds=seconds)], record, FIRST)
 
 
 @app.command("loader", epilog="Example: fastlth bench loader vgg19 cifar-10")
@@ -202,7 +203,7 @@ def ticket(
 
 
 def _rows(
-    json: bool, subjects: Iterable[Iterable[dict[str, Any]]], record: Path | None
+    json: bool, subjects: Iterable[Iterable[dict[str, Any]]], record: Path | None, first: str = "measuring"
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measure, show each row as it comes, print the document or the table, append the record."""
     from fastlth.bench import document, peak
@@ -210,11 +211,18 @@ def _rows(
 
     screen = console()
     found = []
-    with screen.status("measuring") as status:
+    with screen.status(first) as status:
+
+        def say(line: str) -> None:
+            status.update(line)
+            if not screen.is_terminal:  # where a status is not seen, nothing would tell that something happens
+                screen.print(line, highlight=False, soft_wrap=True)
+
+        say(first)
         for subject in subjects:
             for row in subject:
                 found.append(row)
-                status.update(f"measured {row['subject']} {row['model'] or ''} {row['path']} against {row['against']}")
+                say(f"measured {row['subject']} {row['model'] or ''} {row['path']} against {row['against']}")
     result = document(found)
     if json or record:
         result["machine"]["peaks"] = peak.measure()

@@ -44,10 +44,14 @@ def prepare(
     dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)}, {OWN_DATA}")],
     data_dir: DataDir = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side, of an image folder (default: 224)")] = None,
+    photo_crop: Annotated[
+        bool, typer.Option("--photo-crop", help="Prepare an image folder for data.augment=photo-crop")
+    ] = False,
 ) -> None:
     """Download a data set where it is missing, check every file, and write FFCV's file where FFCV is installed."""
     from fastlth.cli.show import console
-    from fastlth.data import ffcv
+    from fastlth.data import ffcv, jpegs
+    from fastlth.data.photos import Photos
     from fastlth.data.sources import data_root, load_for
     from fastlth.recipe import DataSection
     from fastlth.training.engines.make import beton_folder
@@ -58,11 +62,16 @@ def prepare(
         from fastlth.data import own
 
         facts, where = own.facts(name, image_size), ""
-    source = load_for(DataSection(**facts), data_dir)
+    source = load_for(DataSection(**facts, augment="photo-crop" if photo_crop else "none"), data_dir)
     screen = console()
     screen.print(f"{name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images{where}",
                  highlight=False, soft_wrap=True)  # fmt: skip
     if reason := ffcv.available():
         screen.print(f"no FFCV file: {reason}", highlight=False, soft_wrap=True)
+        return
+    train, folder = source.train, beton_folder()
+    if isinstance(photos := train.pixels, Photos):
+        file = jpegs.beton(photos, train.labels, folder)
     else:
-        screen.print(f"FFCV file: {ffcv.beton(source.train, beton_folder())}", highlight=False, soft_wrap=True)
+        file = ffcv.beton(train, folder)
+    screen.print(f"FFCV file: {file}", highlight=False, soft_wrap=True)

@@ -61,7 +61,7 @@ def find_ticket(
     device: Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps")] = None,
     precision: Annotated[str | None, Opt(help="auto, fp32 or bf16")] = None,
     compile: Annotated[str | None, Opt(help="auto, on or off: torch.compile")] = None,
-    loader: Annotated[str | None, Opt(help="auto, resident or ffcv")] = None,
+    loader: Annotated[str | None, Opt(help="auto, resident or ffcv; pillow for photo-crop without FFCV")] = None,
     engine: Annotated[str | None, Opt(help="auto, dense, sparse (CPU) or graph (CUDA)")] = None,
     kernels: Annotated[str | None, Opt(help="auto, torch or triton (masked kernels, CUDA only)")] = None,
     deterministic: Annotated[bool, Opt("--deterministic", help="On CUDA: the same bits every time, slower.")] = False,

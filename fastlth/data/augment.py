@@ -84,9 +84,11 @@ def resized_crop(images: Tensor, epoch: Where, position: Where, key: Key) -> Ten
     return crops.round().to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 
+# Of photo-crop nothing is left to do: the loader cuts the photographs before they are here (photos.py).
 AUGMENT: dict[str, Callable[[Tensor, Where, Where, Key], Tensor]] = {
     "none": none,
     "flip-crop": flip_crop,
     "lecode": lecode,
     "resized-crop": resized_crop,
+    "photo-crop": none,
 }

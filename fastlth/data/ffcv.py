@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import os
 import queue
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,57 +201,73 @@ def beton(images: Images, cache: Path) -> Path:
 
     Raises EnvironmentFailure where it cannot be written.
     """
-    path = cache / f"{digest(images)[:16]}.beton"
-    if _whole(path, images):
+    return made(cache / f"{digest(images)[:16]}.beton", images.labels, lambda file: _write(file, images))
+
+
+def made(path: Path, labels: NDArray[np.int64], write: Callable[[Path], None], other: str = "resident") -> Path:
+    """``path``, a .beton of images with these labels, made by ``write`` if it is not there or not whole.
+
+    Raises EnvironmentFailure, with the name of the loader that needs no file, where it cannot be written.
+    """
+    if _whole(path, labels):
         return path  # and nothing is written, not even a lock: the folder may be read-only
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if not _whole(path, images):
-                with tempfile.TemporaryDirectory(prefix=".beton-", dir=cache) as folder:
-                    _write(Path(folder) / path.name, images)
+            if not _whole(path, labels):
+                with tempfile.TemporaryDirectory(prefix=".beton-", dir=path.parent) as folder:
+                    write(Path(folder) / path.name)
                     os.replace(Path(folder) / path.name, path)
     except OSError as error:
         raise EnvironmentFailure(
-            f"cannot write {path} ({error.strerror}); free space, choose another folder or use --loader resident"
+            f"cannot write {path} ({error.strerror}); free space, choose another folder or use --loader {other}"
         ) from None
     return path
 
 
-def _whole(path: Path, images: Images) -> bool:
+def imported(module: str) -> Any:
+    """A module of FFCV's; the thread counts stay what they are."""
+    with _threads_kept():
+        return importlib.import_module(module)
+
+
+def _whole(path: Path, labels: NDArray[np.int64]) -> bool:
     """Whether the file has a header, every label and an entry for every image."""
     if not path.is_file():
         return False
-    with _threads_kept():
-        from ffcv.reader import Reader
     try:
-        reader = Reader(str(path))
-        same = np.array_equal(reader.metadata["f1"], images.labels)
+        reader = imported("ffcv.reader").Reader(str(path))
+        same = np.array_equal(reader.metadata["f1"], labels)
     except Exception:  # whatever FFCV trips over in a damaged file, the answer is to write it again
         return False
-    return same and len(reader.alloc_table) == len(images.labels)
+    return same and len(reader.alloc_table) == len(labels)
 
 
 def _write(path: Path, images: Images) -> None:
-    """One .beton, written by FFCV's parts in this process.
+    image = imported("ffcv.fields").NDArrayField(np.dtype(np.uint8), images.pixels.shape[1:])
+    write(path, image, np.asarray(images.pixels), images.labels)
+
+
+def write(path: Path, image: Any, images: Iterable[Any], labels: NDArray[np.int64], page_bytes: int = 2**23) -> None:
+    """One .beton of images, encoded by the field ``image``, and labels, written by FFCV's parts in this process.
 
     Its DatasetWriter.from_indexed_dataset would fork workers, and wait for ever if one met a full disk.
     """
     with _threads_kept():
-        from ffcv.fields import IntField, NDArrayField
+        from ffcv.fields import IntField
         from ffcv.memory_allocator import MemoryAllocator
         from ffcv.writer import DatasetWriter, handle_sample
 
-    fields = {"image": NDArrayField(np.dtype(np.uint8), images.pixels.shape[1:]), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, num_workers=1)
-    writer.num_samples = len(images.labels)
+    fields = {"image": image, "label": IntField()}
+    writer = DatasetWriter(str(path), fields, page_size=page_bytes, num_workers=1)
+    writer.num_samples = len(labels)
     writer.prepare()
     try:
-        metadata = np.zeros(len(images.labels), writer.metadata_type)
+        metadata = np.zeros(len(labels), writer.metadata_type)
         allocator = MemoryAllocator(str(path), writer.data_region_start, writer.page_size)
         try:
             with allocator:
-                for i, sample in enumerate(zip(np.asarray(images.pixels), images.labels, strict=True)):
+                for i, sample in enumerate(zip(images, labels, strict=True)):
                     handle_sample(sample, i, metadata.dtype.names, metadata, allocator, fields)
         finally:
             allocator.fp.close()  # FFCV leaves it open where a page cannot be written

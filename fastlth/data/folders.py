@@ -1,9 +1,9 @@
 """Folders of images: ``PATH/train/<class>/*`` and ``PATH/val/<class>/*`` (or ``test``), decoded once.
 
 Every image becomes a square of ``data.image_size`` pixels: its shorter side is scaled to that many (Pillow, bilinear),
-then the middle is cut out. The squares lie in two .npy files in the cache, written once and mapped into memory from
-then on, so a training reads no JPEG; random crops and flips are ``data.augment``'s, on the device, by seed. (FFCV's
-own decoders crop by numba's generator, which no resume can put back.)
+then the middle is cut out. The squares lie in .npy files in the cache, written once and mapped into memory from then
+on, so a training reads no JPEG; random crops and flips are ``data.augment``'s, on the device, by seed. Only photo-crop
+trains on the photographs themselves (photos.py); held-out and test images are squares then too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from fastlth import specs
+from fastlth.data.photos import Photos
 from fastlth.data.sources import Images, Source
 from fastlth.errors import DataError, EnvironmentFailure
 from fastlth.recipe import DataSection
@@ -43,6 +44,10 @@ class Split:
     def labels(self) -> NDArray[np.int64]:
         number = {name: i for i, name in enumerate(self.classes)}
         return np.array([number[file.split("/", 1)[0]] for file, _ in self.files], dtype=np.int64)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.folder / name for name, _ in self.files]
 
 
 def facts(name: str, image_size: int | None = None) -> dict[str, Any]:
@@ -94,9 +99,21 @@ def read(data: DataSection, cache: Path | None = None) -> Source:
     parts = []
     for what, split in (("train", train), ("test", test)):
         name = f"{found[:16]}-{size}-{what}"
-        pixels = _squares(cache / f"{name}.npy", split, size)
-        parts.append(Images(pixels, split.labels, name))
+        if (what, data.augment) == ("train", "photo-crop"):
+            parts.append(Images(_photos(split, size, name, cache), split.labels, name))
+        else:
+            parts.append(Images(_squares(cache / f"{name}.npy", split.paths, size), split.labels, name))
     return Source(data.name, parts[0], parts[1])
+
+
+def _photos(split: Split, size: int, name: str, cache: Path) -> Photos:
+    files = split.paths
+
+    def squares(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        which = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()[:16]
+        return _squares(cache / f"{name}-{which}.npy", [files[i] for i in indices], size)
+
+    return Photos(files, size, name, squares)
 
 
 def _files(folder: Path) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
@@ -120,35 +137,35 @@ def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield f"{prefix}{entry.name}", entry.stat().st_size
 
 
-def _squares(path: Path, split: Split, size: int) -> NDArray[np.uint8]:
-    """The split's images [N, size, size, 3] from the file ``path``, which is written if it is not there."""
+def _squares(path: Path, files: Sequence[Path], size: int) -> NDArray[np.uint8]:
+    """The middles of some images [N, size, size, 3] from the file ``path``, which is written if it is not there."""
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    _write(path, split, size)
+                    _write(path, files, size)
         pixels: NDArray[np.uint8] = np.load(path, mmap_mode="c")  # copy on write: torch wants to be able to write
     except OSError as error:
-        needs = len(split.files) * size * size * 3 / 2**30
+        needs = len(files) * size * size * 3 / 2**30
         raise EnvironmentFailure(f"cannot write {path} ({error.strerror}); it takes {needs:.1f} GiB") from None
     return pixels
 
 
-def _write(path: Path, split: Split, size: int) -> None:
+def _write(path: Path, files: Sequence[Path], size: int) -> None:
     with tempfile.TemporaryDirectory(prefix=".folder-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        squares = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(split.files), size, size, 3))
+        squares = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(files), size, size, 3))
         with ThreadPoolExecutor(thread_name_prefix="fastlth-decode") as pool:  # Pillow decodes outside of the GIL
-            files = (split.folder / name for name, _ in split.files)
-            for i, square in enumerate(pool.map(lambda file: _square(file, size), files)):
-                squares[i] = square
+            for i, pixels in enumerate(pool.map(lambda file: square(file, size), files)):
+                squares[i] = pixels
         squares.flush()
         del squares
         os.replace(temporary, path)
 
 
-def _square(file: Path, size: int) -> NDArray[np.uint8]:
+def square(file: Path, size: int) -> NDArray[np.uint8]:
+    """The middle of the image in a file: uint8 [size, size, 3]. Raises DataError."""
     from PIL import Image
 
     try:

@@ -29,14 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlth.catalogue import dataset_name
+from fastlth.data.photos import Photos
 from fastlth.errors import DataError
 from fastlth.recipe import DataSection
 
 
 class Rows:
-    """Some images of a set that is mapped from a file, read when they are asked for: ``set[indices]``, later."""
+    """Some images of a set that is in files, read when they are asked for: ``set[indices]``, later."""
 
-    def __init__(self, pixels: NDArray[np.uint8], indices: NDArray[np.int64]) -> None:
+    def __init__(self, pixels: NDArray[np.uint8] | Photos, indices: NDArray[np.int64]) -> None:
         self._pixels, self._indices = pixels, indices
         self.shape = (len(indices), *pixels.shape[1:])
 
@@ -48,7 +49,7 @@ class Rows:
         return np.asarray(self[:], dtype)
 
 
-Pixels = NDArray[np.uint8] | Rows
+Pixels = NDArray[np.uint8] | Rows | Photos
 
 
 @dataclass(frozen=True)

@@ -312,8 +312,15 @@ def loader(asked: str, recipe: Recipe) -> str:
     ``auto`` has to stream a set that is too large for the device and cannot."""
     if asked == "ffcv" and (reason := ffcv.available()):
         raise RecipeError(reason)
+    photos = recipe.data.augment == "photo-crop"
+    if asked == ("resident" if photos else "pillow"):
+        ways = "ffcv or pillow with data.augment photo-crop, which decodes photographs for every batch"
+        raise RecipeError(f"--loader must be auto, {ways if photos else 'resident or ffcv but for photo-crop'}, "
+                          f"got '{asked}'")  # fmt: skip
     if asked != "auto":
         return asked
+    if photos:
+        return "pillow" if ffcv.available() else "ffcv"
     facts, memory = recipe.data.facts, _memory(device(recipe.compute.device))
     needs = recipe.data.train_images * math.prod(facts.shape)
     if needs <= RESIDENT_SHARE * memory:

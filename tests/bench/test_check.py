@@ -140,6 +140,22 @@ def test_bench_takes_shapes_by_name(command):
     assert (code, out) == (2, "") and "bench takes the shape of mnist, " in err
 
 
+def test_each_comparison_is_told_when_it_ends_also_in_a_log(capsys):
+    from fastlth.cli import bench
+
+    one = {"subject": "step", "model": "net", "dataset": "set", "path": "ours", "against": "eager", "density": 1.0,
+           "n": 6, "images_per_second": 2.0, "against_images_per_second": 1.0, "ratio": 2.0, "ratio_low": 1.9,
+           "ratio_high": 2.1}  # fmt: skip
+
+    def rows():
+        assert bench.FIRST in capsys.readouterr().err
+        yield one
+        assert "measured step net ours against eager" in capsys.readouterr().err
+
+    assert bench._rows(False, [rows()], None, bench.FIRST) == [one]
+    assert "2.00" in capsys.readouterr().err
+
+
 def test_the_rivals_learn():
     """A rival that does not train would be an easy one to beat."""
     recipe = dataclasses.replace(recipe_for("lenet-300-100", "digits"))

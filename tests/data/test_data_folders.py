@@ -102,7 +102,7 @@ def test_a_moved_folder_is_the_same_set_and_a_changed_one_is_not(flowers: Path, 
 def test_images_are_decoded_once(flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = recipe_of(flowers).data
     first = np.array(load_for(data).train.pixels)
-    monkeypatch.setattr(folders, "_square", None)
+    monkeypatch.setattr(folders, "square", None)
     again = load_for(data).train
     assert np.array_equal(again.pixels, first)
     assert isinstance(again.pixels, np.memmap)

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastlth.data import jpegs
 from fastlth.data.ffcv import FfcvLoader
 from fastlth.data.loader import Loader
 from fastlth.data.order import Order, split
+from fastlth.data.photo_loader import PhotoLoader
+from fastlth.data.photos import Photos
 from fastlth.data.resident import ResidentLoader
 from fastlth.data.sources import Images, Rows, Source
 from fastlth.data.streamed import StreamedLoader
@@ -68,6 +71,11 @@ def make_loader(recipe: Recipe, source: Source) -> Loader:
     """The batches that the recipe trains on."""
     kept, _ = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
     order, device = make_order(recipe, len(kept)), torch.device(recipe.compute.device)
+    if isinstance(photos := source.train.pixels, Photos):
+        ours = recipe.compute.loader != "ffcv"
+        decode = photos.decode if ours else jpegs.Decoder(jpegs.beton(photos, source.train.labels, beton_folder()))
+        return PhotoLoader(decode, source.train.labels, kept, order, size=photos.size, key=recipe.seeds.key("augment"),
+                           device=device)  # fmt: skip
     if recipe.compute.loader == "ffcv":
         return FfcvLoader(source.train, kept, order, device, beton_folder())
     return ResidentLoader(source.train, kept, order, device)
@@ -76,6 +84,11 @@ def make_loader(recipe: Recipe, source: Source) -> Loader:
 def make_splits(recipe: Recipe, source: Source) -> dict[str, Images]:
     """The images of "train", "validation" (held out of the training images) and "test"."""
     kept, held_out = split(len(source.train.labels), recipe.data.validation, recipe.seeds.key("split"))
+    if isinstance(photos := source.train.pixels, Photos):
+        labels, name = source.train.labels, photos.name
+        train = Images(Rows(photos, kept), labels[kept], name)
+        return {"train": train, "validation": Images(photos.squares(held_out), labels[held_out], name),
+                "test": source.test}  # fmt: skip
     return {
         "train": _subset(source.train, kept),
         "validation": _subset(source.train, held_out),

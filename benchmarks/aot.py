@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     expected: dict[str, Numbers] | None = budget.get(triton.__version__)
     found: dict[str, Numbers] = {}
     failures = []
-    for case in cases():
-        if asked.only not in case.name:
-            continue
-        for arch in SHARED:
+    todo = [(case, arch) for case in cases() if asked.only in case.name for arch in SHARED]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler is outside of Python most of the time
+        for (case, arch), numbers in zip(todo, pool.map(lambda one: measure(*one), todo), strict=True):
             name = f"{case.name} sm_{arch}"
-            found[name] = measure(case, arch)
-            print(f"{name:60}" + " ".join(f"{k} {v}" for k, v in found[name].items()), flush=True)
-            failures += [f"{name}: {says}" for says in broken_laws(case, arch, found[name])]
+            found[name] = numbers
+            print(f"{name:60}" + " ".join(f"{k} {v}" for k, v in numbers.items()), flush=True)
+            failures += [f"{name}: {says}" for says in broken_laws(case, arch, numbers)]
             if expected is not None and not asked.update:
-                failures += [f"{name}: {says}" for says in compare(expected.get(name), found[name])]
+                failures += [f"{name}: {says}" for says in compare(expected.get(name), numbers)]
     if asked.update:
         kept = (expected or {}) if asked.only else {}
         head = "# Written by `python -m benchmarks.aot --update`: a table per Triton version.\n"

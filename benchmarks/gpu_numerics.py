@@ -32,7 +32,10 @@ def numerics(ledger: Ledger) -> None:
         _check_selection(ledger, values)
     for augment in batch.AUGMENTS:
         _check_batch(ledger, augment)
-    sizes = [(1, 5, 33, 65)] if ledger.dry else [(1, 5, 33, 65), (2, 60, 300, 784), (1, 512, 512, 512)]
+    sizes, images = [(1, 5, 33, 65)], [(2, 20, 9, 40)]
+    if not ledger.dry:  # rows that divide by 16 and others, and enough of both for the large tiles
+        sizes += [(2, 60, 300, 784), (1, 512, 512, 512), (8, 512, 512, 512)]
+        images = [(16, 96, 15, 130), (16, 3, 15, 64), (32, 256, 16, 256)]
     # torch's own fp16 convolution on a CPU is further off than any kernel may be
     for dtype in (torch.float32, torch.bfloat16) if ledger.dry else (torch.float32, torch.bfloat16, torch.float16):
         for size in sizes:
@@ -40,7 +43,8 @@ def numerics(ledger: Ledger) -> None:
         for decoupled in (False, True):
             _check_adam(ledger, sizes[0] if ledger.dry else sizes[1], dtype, decoupled)
         for taps, stride in ((3, 1), (3, 2), (1, 1), (1, 2)):
-            _check_conv(ledger, (2, 20, 9, 40) if ledger.dry else (16, 96, 15, 130), taps, stride, dtype)
+            for image in images:
+                _check_conv(ledger, image, taps, stride, dtype)
 
 
 def _check_bits(ledger: Ledger) -> None:
@@ -211,4 +215,5 @@ def _check_conv(ledger: Ledger, size: tuple[int, int, int, int], taps: int, stri
             _excess(dw, torch.where(mask, exact[1], 0.0), large[1], dy[:, 0].numel()),
         )  # fmt: skip
         how = "in order" if deterministic else "atomic"
-        ledger.check(f"masked_conv2d {taps}x{taps} stride {stride} {how} {dtype}", worst, 1.0)
+        shape = "x".join(map(str, size))
+        ledger.check(f"masked_conv2d {shape} {taps}x{taps} stride {stride} {how} {dtype}", worst, 1.0)

@@ -2,11 +2,14 @@
 
 Triton exists for CUDA on Linux. Where it is not installed, ``jit`` leaves functions as they are and nobody calls
 them: every public op runs its PyTorch reference.
+
+For an integer argument that divides by 16 Triton compiles a kernel anew, since loads may then be wider. That matters
+for the lengths of rows; where a masked layer's kernel has other integers, it names them in ``do_not_specialize``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +22,13 @@ except ModuleNotFoundError:
     triton = None
 
 tl: Any = triton and triton.language
-jit: Callable[[Any], Any] = triton.jit if triton else lambda fn: fn
+
+
+def _left_alone(fn: Any = None, **options: Any) -> Any:
+    return (lambda later: later) if fn is None else fn
+
+
+jit: Any = triton.jit if triton else _left_alone
 
 
 def on_gpu(tensor: Tensor) -> bool:

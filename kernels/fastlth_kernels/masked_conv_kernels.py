@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .launch import AotCase, cdiv, jit, tl
-from .tiles import FP32, LARGE, SMALL, Tiles, choose, device_of, kept_columns, kept_rows
+from .tiles import FP32, LARGE, ODD, SMALL, Tiles, choose, device_of, kept_columns, kept_rows
 
 
-@jit
+@jit(do_not_specialize=("M", "H", "W", "P", "Q", "WORDS", "PAD"))
 def _forward(  # type: ignore[no-untyped-def]
     x, w, bits, bias, y, M, H, W, IN, OUT, P, Q, WORDS, PAD, STRIDE: tl.constexpr, TAPS: tl.constexpr,
     TAPS_W: tl.constexpr, BIAS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -52,7 +52,7 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(y + pixel[None, :] * OUT + o[:, None], acc, o_ok[:, None] & pixel_ok[None, :])
 
 
-@jit
+@jit(do_not_specialize=("B", "H", "W", "P", "Q", "WORDS", "PAD"))
 def _input_grad(  # type: ignore[no-untyped-def]
     dy, w, bits, dx, B, H, W, IN, OUT, P, Q, WORDS, PAD, STRIDE: tl.constexpr, TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -89,7 +89,7 @@ def _input_grad(  # type: ignore[no-untyped-def]
     tl.store(dx + where[None, :] + i[:, None], acc, i_ok[:, None] & pixel_ok[None, :])
 
 
-@jit
+@jit(do_not_specialize=("M", "H", "W", "P", "Q", "WORDS", "PAD", "SHARE"))
 def _weight_grad(  # type: ignore[no-untyped-def]
     dy, x, bits, dw, M, H, W, IN, OUT, P, Q, WORDS, PAD, SHARE, STRIDE: tl.constexpr, TAPS: tl.constexpr,
     TAPS_W: tl.constexpr, ATOMIC: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -122,7 +122,7 @@ def _weight_grad(  # type: ignore[no-untyped-def]
         tl.store(dw + part * OUT * TAPS * IN + at * IN + i[None, :], tl.where(kept, acc, 0.0), inside)
 
 
-@jit
+@jit(do_not_specialize=("PARTS",))
 def _add_parts(parts, dw, n, PARTS, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -139,7 +139,7 @@ def forward(
     P, Q = result_size(H, kh, stride, padding), result_size(W, kw, stride, padding)
     y = x.new_empty(B, P, Q, OUT).permute(0, 3, 1, 2)
     M = B * P * Q
-    c = config or choose(OUT, M, 1, x.dtype)
+    c = config or choose(OUT, M, 1, x.dtype, IN)
     with device_of(x):
         _forward[(cdiv(OUT, c.rows), cdiv(M, c.columns))](
             _nhwc(x), _nhwc(w), bits.contiguous(), w if bias is None else bias, y, M, H, W, IN, OUT, P, Q,
@@ -157,7 +157,7 @@ def input_grad(
     (B, OUT, P, Q), (_, IN, kh, kw) = dy.shape, w.shape
     dx = dy.new_empty(B, height, width, IN).permute(0, 3, 1, 2)
     M = B * cdiv(height, stride) * cdiv(width, stride)  # of the largest class
-    c = config or _input_grad_tiles(choose(IN, M, stride * stride, dy.dtype))
+    c = config or _input_grad_tiles(choose(IN, M, stride * stride, dy.dtype, IN, OUT))
     with device_of(dy):
         _input_grad[(cdiv(IN, c.rows), cdiv(M, c.columns), stride * stride)](
             _nhwc(dy), _nhwc(w), bits.contiguous(), dx, B, height, width, IN, OUT, P, Q, bits.shape[3],
@@ -168,7 +168,8 @@ def input_grad(
 
 
 def _input_grad_tiles(c: Tiles) -> Tiles:
-    return c._replace(warps=8) if c == SMALL else c  # spills on sm_80 with 4
+    # on sm_80 spill: four warps; and eight, where one of the two numbers of channels is odd and the other is not
+    return ODD._replace(inner=32) if c == ODD else ODD if c == SMALL else c
 
 
 def weight_grad(
@@ -203,7 +204,8 @@ def weight_parts(
     config: Tiles | None = None,
 ) -> tuple[Tiles, int, int]:  # fmt: skip
     """How the weight gradient's sum over pixels is cut: its tiles, the number of pieces, pixels in each."""
-    c = config or choose(outputs, inputs, taps * cdiv(pixels, 512), dtype)  # parts fill the device, too
+    copies = taps * cdiv(pixels, 512)  # parts fill the device, too
+    c = config or _weight_grad_tiles(choose(outputs, inputs, copies, dtype, outputs, inputs))
     tiles = cdiv(outputs, c.rows) * cdiv(inputs, c.columns) * taps
     parts = min(parts or enough_parts(tiles, pixels), max(cdiv(pixels, c.inner), 1))
     share = max(cdiv(cdiv(pixels, parts), c.inner), 1) * c.inner
@@ -213,6 +215,10 @@ def weight_parts(
 def result_size(size: int, taps: int, stride: int, padding: int) -> int:
     """Rows (or columns) of the result."""
     return (size + 2 * padding - taps) // stride + 1
+
+
+def _weight_grad_tiles(c: Tiles) -> Tiles:
+    return c._replace(inner=16) if c == FP32 else c  # spills on sm_80 otherwise, where channels are odd
 
 
 def enough_parts(tiles: int, pixels: int) -> int:
@@ -225,16 +231,21 @@ def _nhwc(tensor: Tensor) -> Tensor:
 
 
 def aot_cases() -> list[AotCase]:
-    """3x3 filters on channels that divide by 16, and the stride-2 input gradient."""
+    """Every configuration that a launcher takes, for 3x3 filters: channels that divide by 16 and, "odd", channels that
+    do not, as images have. fp16 needs what bf16 needs."""
     roles = {"forward": (_forward, ("O", "M", "I")), "input_grad": (_input_grad, ("I", "M", "O")),
              "weight_grad": (_weight_grad, ("O", "I", "M"))}  # fmt: skip
     cases = []
     for label, images, weights, base, stride in (
-        ("fp32", "*fp32", "*fp32", FP32, 1), ("bf16-fp32", "*bf16", "*fp32", SMALL, 1),
+        ("fp32", "*fp32", "*fp32", FP32, 1), ("fp32 odd", "*fp32", "*fp32", FP32, 1),
+        ("bf16-fp32", "*bf16", "*fp32", SMALL, 1), ("bf16-fp32", "*bf16", "*fp32", LARGE, 1),
+        ("bf16-fp32 odd", "*bf16", "*fp32", ODD, 1),
         ("fp16-stride2", "*fp16", "*fp16", SMALL, 2), ("bf16", "*bf16", "*bf16", LARGE, 1),
+        ("bf16 odd", "*bf16", "*bf16", ODD, 1),
     ):  # fmt: skip
         for role, (kernel, (rows, columns, inner)) in roles.items():
-            c = _input_grad_tiles(base) if role == "input_grad" else base
+            own = {"input_grad": _input_grad_tiles, "weight_grad": _weight_grad_tiles}
+            c = own[role](base) if role in own else base
             constants = {"STRIDE": stride, "TAPS": 9, "TAPS_H": 3, "TAPS_W": 3, "BIAS": True, "ATOMIC": False,
                          f"BLOCK_{rows}": c.rows, f"BLOCK_{columns}": c.columns, f"BLOCK_{inner}": c.inner}  # fmt: skip
             types = dict.fromkeys(("x", "y", "dy", "dx"), images) | dict.fromkeys(("w", "bias", "dw"), weights)
@@ -244,11 +255,15 @@ def aot_cases() -> list[AotCase]:
                 f"masked_conv {role} {label} {c.rows}x{c.columns}x{c.inner}", kernel,
                 {n: types.get(n, "i32") for n in names},
                 {n: v for n, v in constants.items() if n in kernel.arg_names},
-                aligned=tuple(n for n in names if n in types or n in ("IN", "OUT")),
+                aligned=tuple(n for n in names if n in types or (n in ("IN", "OUT") and "odd" not in label)),
                 num_warps=c.warps, num_stages=c.stages, tensor_cores=images != "*fp32", ieee=images == "*fp32",
             ))  # fmt: skip
     atomic = next(c for c in cases if c.kernel is _weight_grad and c.tensor_cores)
     cases.append(replace(atomic, name=f"{atomic.name} atomic", constants={**atomic.constants, "ATOMIC": True}))
-    cases.append(AotCase("masked_conv add_parts", _add_parts, {"parts": "*fp32", "dw": "*fp32", "n": "i32",
-                         "PARTS": "i32"}, {"BLOCK": 1024}, aligned=("parts", "dw", "n")))  # fmt: skip
+    for label, weights, aligned in (("", "*fp32", True), (" odd", "*fp32", False),
+                                    (" bf16", "*bf16", True), (" bf16 odd", "*bf16", False)):  # fmt: skip
+        cases.append(AotCase(
+            f"masked_conv add_parts{label}", _add_parts, {"parts": "*fp32", "dw": weights, "n": "i32", "PARTS": "i32"},
+            {"BLOCK": 1024}, aligned=("parts", "dw", "n") if aligned else ("parts", "dw"),
+        ))  # fmt: skip
     return cases

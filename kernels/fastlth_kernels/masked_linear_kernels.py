@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .launch import AotCase, cdiv, jit, tl
 from .masked_step import one_minus_exp as one_minus_exp
-from .tiles import FP32, LARGE, SMALL, Tiles, choose, device_of, kept_columns, kept_rows
+from .tiles import FP32, LARGE, ODD, SMALL, Tiles, choose, device_of, kept_columns, kept_rows
 
 
 @jit
@@ -29,7 +29,7 @@ def _gradient(dy, y, at, ok, RELU: tl.constexpr):  # type: ignore[no-untyped-def
     return g
 
 
-@jit
+@jit(do_not_specialize=("B", "W"))
 def _forward(  # type: ignore[no-untyped-def]
     x, w, bits, bias, y, B, N, K, W, BIAS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +53,7 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(y + r * B * N + b[None, :] * N + n[:, None], acc, n_ok[:, None] & b_ok[None, :])
 
 
-@jit
+@jit(do_not_specialize=("B", "W"))
 def _input_grad(  # type: ignore[no-untyped-def]
     dy, y, w, bits, dx, B, N, K, W, RELU: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,7 +109,7 @@ def _kept_tile(bits, r, n, k0, N, W, BLOCK_K: tl.constexpr):  # type: ignore[no-
     return kept_columns(words, BLOCK_K)
 
 
-@jit
+@jit(do_not_specialize=("B", "W"))
 def _weight_grad(  # type: ignore[no-untyped-def]
     dy, y, x, bits, dw, db, B, N, K, W, BIAS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -146,7 +146,7 @@ def _adam(p, m, v, at, g, kept, inside, settings, DECOUPLED: tl.constexpr):  # t
     tl.store(v + at, tl.where(kept, second, 0.0), inside)
 
 
-@jit
+@jit(do_not_specialize=("B", "W"))
 def _adam_step(  # type: ignore[no-untyped-def]
     dy, y, x, bits, w, m, v, bias, bias_m, bias_v, settings, B, N, K, W,
     BIAS: tl.constexpr, RELU: tl.constexpr, DECOUPLED: tl.constexpr,
@@ -170,7 +170,7 @@ def forward(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None, relu: bool,
     """y [R, B, N] in x's dtype, from x [R, B, K], w [R, N, K], bits int32 [R, N, ceil(K / 32)], bias [R, N]."""
     (R, B, K), N = x.shape, w.shape[1]
     y = x.new_empty(R, B, N)
-    c = config or choose(N, B, R, x.dtype)
+    c = config or choose(N, B, R, x.dtype, K)
     with device_of(x):
         _forward[(cdiv(N, c.rows), cdiv(B, c.columns), R)](
             x.contiguous(), w.contiguous(), bits.contiguous(), w if bias is None else bias.contiguous(), y,
@@ -184,7 +184,7 @@ def input_grad(dy: Tensor, y: Tensor | None, w: Tensor, bits: Tensor, config: Ti
     """dx [R, B, K] in dy's dtype. ``y`` is given where a ReLU followed."""
     (R, B, N), K = dy.shape, w.shape[2]
     dx = dy.new_empty(R, B, K)
-    c = config or _input_grad_tiles(choose(K, B, R, dy.dtype))
+    c = config or _input_grad_tiles(choose(K, B, R, dy.dtype, K, N))
     dy = dy.contiguous()
     with device_of(dy):
         _input_grad[(cdiv(K, c.rows), cdiv(B, c.columns), R)](
@@ -201,7 +201,7 @@ def weight_grad(
     """dw [R, N, K], +0.0 where pruned, and db [R, N] ([R, 0] without ``bias``), in w's dtype."""
     (R, B, N), K = dy.shape, x.shape[2]
     dw, db = torch.empty_like(w, memory_format=torch.contiguous_format), w.new_empty(R, N if bias else 0)
-    c = config or choose(N, K, R, dy.dtype)
+    c = config or choose(N, K, R, dy.dtype, N, K)
     dy = dy.contiguous()
     with device_of(dy):
         _weight_grad[(cdiv(N, c.rows), cdiv(K, c.columns), R)](
@@ -217,7 +217,7 @@ def _input_grad_tiles(c: Tiles) -> Tiles:
 
 
 def _adam_tiles(c: Tiles) -> Tiles:
-    return c if c == FP32 else SMALL._replace(warps=8)  # the epilogue holds three more tiles
+    return FP32._replace(columns=32) if c == FP32 else ODD  # the epilogue holds three more tiles
 
 
 def adam_step(
@@ -228,7 +228,7 @@ def adam_step(
     """Adam on w and bias by the gradients of (dy, x), in place; w, m, v, bias, bias_m and bias_v are contiguous
     float32. ``dx`` must have been made before, from the old w."""
     (R, B, N), K = dy.shape, x.shape[2]
-    c = config or _adam_tiles(choose(N, K, R, dy.dtype))
+    c = config or _adam_tiles(choose(N, K, R, dy.dtype, N, K))
     dy = dy.contiguous()
     with device_of(dy):
         _adam_step[(cdiv(N, c.rows), cdiv(K, c.columns), R)](
@@ -240,16 +240,19 @@ def adam_step(
 
 
 def aot_cases() -> list[AotCase]:
-    """LeNet-300-100's first layer, its weights fp32 under fp32 and bf16 images; a layer of sizes that divide by 16."""
+    """Every configuration that a launcher takes: rows of x and w that divide by 16 and, "odd", rows that do not, as
+    those of LeNet-300-100's second layer. fp16 needs what bf16 needs."""
     roles = {"forward": (_forward, ("N", "B", "K")), "input_grad": (_input_grad, ("K", "B", "N")),
              "weight_grad": (_weight_grad, ("N", "K", "B")), "adam_step": (_adam_step, ("N", "K", "B"))}  # fmt: skip
     cases = []
-    for label, images, weights, base, aligned in (
-        ("fp32", "*fp32", "*fp32", FP32, "K"), ("bf16-fp32", "*bf16", "*fp32", SMALL, "K"),
-        ("fp16", "*fp16", "*fp16", SMALL, "BNK"), ("bf16", "*bf16", "*bf16", LARGE, "BNK"),
+    for label, images, weights, base in (
+        ("fp32", "*fp32", "*fp32", FP32), ("fp32 odd", "*fp32", "*fp32", FP32),
+        ("bf16-fp32", "*bf16", "*fp32", SMALL), ("bf16-fp32", "*bf16", "*fp32", LARGE),
+        ("bf16-fp32 odd", "*bf16", "*fp32", ODD),
+        ("fp16", "*fp16", "*fp16", SMALL), ("bf16", "*bf16", "*bf16", LARGE), ("bf16 odd", "*bf16", "*bf16", ODD),
     ):  # fmt: skip
         for role, (kernel, (rows, columns, inner)) in roles.items():
-            if role == "adam_step" and weights != "*fp32":
+            if role == "adam_step" and (weights != "*fp32" or base == LARGE):  # Adam's LARGE is its SMALL
                 continue
             own = {"input_grad": _input_grad_tiles, "adam_step": _adam_tiles}
             c = own[role](base) if role in own else base
@@ -257,11 +260,12 @@ def aot_cases() -> list[AotCase]:
                          f"BLOCK_{columns}": c.columns, f"BLOCK_{inner}": c.inner}  # fmt: skip
             types = {n: "i32" for n in "BNKW"} | {n: images for n in ("x", "y", "dy", "dx")} | {"bits": "*i32"}
             names = [n for n in kernel.arg_names if n not in constants]
+            known = "" if "odd" in label else "NK"
             cases.append(AotCase(
                 f"masked_linear {role} {label} {c.rows}x{c.columns}x{c.inner}", kernel,
                 {n: types.get(n, weights) for n in names},
                 {n: v for n, v in constants.items() if n in kernel.arg_names},
-                aligned=tuple(n for n in names if n in aligned or n not in "BNKW"),
+                aligned=tuple(n for n in names if n in known or n not in "BNKW"),
                 num_warps=c.warps, num_stages=c.stages,
                 tensor_cores=images != "*fp32", ieee=images == "*fp32",
             ))  # fmt: skip

@@ -37,20 +37,27 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# Registers decide: none of these spills, on sm_80 or sm_90 (benchmarks/kernel_budget.toml). Four warps would at 128
-# rows and columns, and at 64 in fp32.
+# Registers decide: none of these spills, on sm_80 or sm_90, where a launcher takes it (`python -m benchmarks.aot`).
+# Four warps would at 128 rows and columns, at 64 in fp32, and at 64 where rows are odd. A launcher whose kernel holds
+# more than the others takes less at a time: see its ``_..._tiles``.
 FP32 = Tiles(64, 64, 32, 8, 2)
 SMALL = Tiles(64, 64, 64, 4, 3)
 LARGE = Tiles(128, 128, 64, 8, 3)
+ODD = SMALL._replace(warps=8)
 
 
-def choose(rows: int, columns: int, copies: int, dtype: torch.dtype) -> Tiles:
-    """The configuration for ``copies`` results of [rows, columns] from operands of ``dtype``: large tiles read less,
-    but only where there are enough of them for every multiprocessor (an H200 has 132) to have one."""
+def choose(rows: int, columns: int, copies: int, dtype: torch.dtype, *lengths: int) -> Tiles:
+    """The configuration for ``copies`` results of [rows, columns] from operands of ``dtype``, whose rows in memory have
+    these ``lengths``: where they are no multiples of 16, values are loaded one by one, which takes more registers.
+
+    Large tiles read less, but only where they are filled, and there are enough of them for every multiprocessor (an
+    H200 has 132) to have one."""
     if dtype == torch.float32:
         return FP32
+    if any(length % 16 for length in lengths):
+        return ODD
     enough = cdiv(rows, LARGE.rows) * cdiv(columns, LARGE.columns) * copies >= 128
-    return LARGE if enough else SMALL
+    return LARGE if enough and min(rows, columns) > SMALL.rows else SMALL
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ for the lengths of rows; where a masked layer's kernel has other integers, it na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +24,12 @@ except ModuleNotFoundError:
 tl: Any = triton and triton.language
 
 
-def _left_alone(fn: Any = None, **options: Any) -> Any:
-    return (lambda later: later) if fn is None else fn
+jit: Callable[[Any], Any] = triton.jit if triton else lambda fn: fn
 
 
-jit: Any = triton.jit if triton else _left_alone
+def jit_but(*, do_not_specialize: Sequence[str]) -> Callable[[Any], Any]:
+    """``jit`` that compiles nothing anew for the values of these integers."""
+    return triton.jit(do_not_specialize=do_not_specialize) if triton else lambda fn: fn
 
 
 def on_gpu(tensor: Tensor) -> bool:

@@ -19,11 +19,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .launch import AotCase, cdiv, jit, tl
+from .launch import AotCase, cdiv, jit_but, tl
 from .tiles import FP32, LARGE, ODD, SMALL, Tiles, choose, device_of, kept_columns, kept_rows
 
 
-@jit(do_not_specialize=("M", "H", "W", "P", "Q", "WORDS", "PAD"))
+@jit_but(do_not_specialize=("M", "H", "W", "P", "Q", "WORDS", "PAD"))
 def _forward(  # type: ignore[no-untyped-def]
     x, w, bits, bias, y, M, H, W, IN, OUT, P, Q, WORDS, PAD, STRIDE: tl.constexpr, TAPS: tl.constexpr,
     TAPS_W: tl.constexpr, BIAS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -52,7 +52,7 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(y + pixel[None, :] * OUT + o[:, None], acc, o_ok[:, None] & pixel_ok[None, :])
 
 
-@jit(do_not_specialize=("B", "H", "W", "P", "Q", "WORDS", "PAD"))
+@jit_but(do_not_specialize=("B", "H", "W", "P", "Q", "WORDS", "PAD"))
 def _input_grad(  # type: ignore[no-untyped-def]
     dy, w, bits, dx, B, H, W, IN, OUT, P, Q, WORDS, PAD, STRIDE: tl.constexpr, TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -89,7 +89,7 @@ def _input_grad(  # type: ignore[no-untyped-def]
     tl.store(dx + where[None, :] + i[:, None], acc, i_ok[:, None] & pixel_ok[None, :])
 
 
-@jit(do_not_specialize=("M", "H", "W", "P", "Q", "WORDS", "PAD", "SHARE"))
+@jit_but(do_not_specialize=("M", "H", "W", "P", "Q", "WORDS", "PAD", "SHARE"))
 def _weight_grad(  # type: ignore[no-untyped-def]
     dy, x, bits, dw, M, H, W, IN, OUT, P, Q, WORDS, PAD, SHARE, STRIDE: tl.constexpr, TAPS: tl.constexpr,
     TAPS_W: tl.constexpr, ATOMIC: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -122,7 +122,7 @@ def _weight_grad(  # type: ignore[no-untyped-def]
         tl.store(dw + part * OUT * TAPS * IN + at * IN + i[None, :], tl.where(kept, acc, 0.0), inside)
 
 
-@jit(do_not_specialize=("PARTS",))
+@jit_but(do_not_specialize=("PARTS",))
 def _add_parts(parts, dw, n, PARTS, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

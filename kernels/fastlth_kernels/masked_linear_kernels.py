@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import AotCase, cdiv, jit, tl
+from .launch import AotCase, cdiv, jit, jit_but, tl
 from .masked_step import one_minus_exp as one_minus_exp
 from .tiles import FP32, LARGE, ODD, SMALL, Tiles, choose, device_of, kept_columns, kept_rows
 
@@ -29,7 +29,7 @@ def _gradient(dy, y, at, ok, RELU: tl.constexpr):  # type: ignore[no-untyped-def
     return g
 
 
-@jit(do_not_specialize=("B", "W"))
+@jit_but(do_not_specialize=("B", "W"))
 def _forward(  # type: ignore[no-untyped-def]
     x, w, bits, bias, y, B, N, K, W, BIAS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,7 +53,7 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(y + r * B * N + b[None, :] * N + n[:, None], acc, n_ok[:, None] & b_ok[None, :])
 
 
-@jit(do_not_specialize=("B", "W"))
+@jit_but(do_not_specialize=("B", "W"))
 def _input_grad(  # type: ignore[no-untyped-def]
     dy, y, w, bits, dx, B, N, K, W, RELU: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,7 +109,7 @@ def _kept_tile(bits, r, n, k0, N, W, BLOCK_K: tl.constexpr):  # type: ignore[no-
     return kept_columns(words, BLOCK_K)
 
 
-@jit(do_not_specialize=("B", "W"))
+@jit_but(do_not_specialize=("B", "W"))
 def _weight_grad(  # type: ignore[no-untyped-def]
     dy, y, x, bits, dw, db, B, N, K, W, BIAS: tl.constexpr, RELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -146,7 +146,7 @@ def _adam(p, m, v, at, g, kept, inside, settings, DECOUPLED: tl.constexpr):  # t
     tl.store(v + at, tl.where(kept, second, 0.0), inside)
 
 
-@jit(do_not_specialize=("B", "W"))
+@jit_but(do_not_specialize=("B", "W"))
 def _adam_step(  # type: ignore[no-untyped-def]
     dy, y, x, bits, w, m, v, bias, bias_m, bias_v, settings, B, N, K, W,
     BIAS: tl.constexpr, RELU: tl.constexpr, DECOUPLED: tl.constexpr,

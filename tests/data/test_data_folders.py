@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,8 @@ def test_a_folder_from_the_command_line(loader: str, flowers: Path, tmp_path: Pa
     found = json.loads(out)
     assert [r["round"] for r in found["rounds"]] == [0, 1]
     assert Path(found["run"]).parent.name.startswith("resnet-8-flowers-")
+    written = tomllib.loads((Path(found["run"]) / "recipe.toml").read_text())
+    assert written["data"]["image_size"] == 16  # and not 224
     assert command("ticket", "verify", found["ticket"])[0] == 0
 
 

@@ -14,8 +14,10 @@ from benchmarks.gpu import Ledger
 from benchmarks.gpu_subject import recipe, with_compute
 from fastlth.bench.subject import masks_of_round, random_source
 from fastlth.data.sources import Source
+from fastlth.pruning import prune
 from fastlth.recipe import Recipe, exact
 from fastlth.search import RoundFinished, find_tickets
+from fastlth.training import worth
 from fastlth.training.engines import make
 from fastlth.training.engines.arena import Arena
 from fastlth.training.engines.base import Engine
@@ -41,6 +43,8 @@ def measure(ledger: Ledger) -> None:
                 _pruned_stay(ledger, name, engine, precision)
     _nan(ledger)
     _counts(ledger)
+    _pruning(ledger)
+    _smaller(ledger)
     _no_waiting(ledger)
     _same_bits(ledger)
     _loaders(ledger)
@@ -122,6 +126,39 @@ def _counts(ledger: Ledger) -> None:
             gone = {n: int(exact(0.2 if n.startswith("fc") else 0.1) * int(before[n].sum())) for n in now}  # floor
             wrong = sum(abs(int(before[n].sum()) - gone[n] - int(now[n].sum())) for n in now)
             ledger.check(f"round {event.round}: weights too many or too few", wrong, 0)
+
+
+def _pruning(ledger: Ledger) -> None:
+    """The kernel and the scores choose the same weights, most of which are tied."""
+    one, source = _conv(ledger, engine="graph")
+    engine, masks = _begun(one, source)
+    final = {n: engine.weights()[n] for n in masks}
+    for name, values in (("trained", final), ("rounded", {n: w.mul(8).round() / 8 for n, w in final.items()})):
+        arguments: Any = {"numbers": {n: i for i, n in enumerate(engine.weight_names)}, "round": 3, "key": (7, 5)}
+        section = replace(one.prune, scope="global", scale={}, rate=0.3)
+        here = prune(section, masks, values, values, **arguments)
+        there = [{n: t.cpu() for n, t in part.items()} for part in (masks, values)]
+        expected = prune(section, *there, there[1], **arguments)
+        wrong = sum(int((here[n].cpu() != m).sum()) for n, m in expected.items())
+        ledger.check(f"{name} weights that the device prunes otherwise than a CPU", wrong, 0)
+
+
+def _smaller(ledger: Ledger) -> None:
+    """Five steps of the smaller net and of the whole one, by norm; graphs of the same widths serve other units."""
+    one, source = _conv(ledger, engine="graph", compact=1.0)
+    small, whole = (make_engine(r, source) for r in (one, with_compute(one, compact=0.0)))
+    assert isinstance(small, GraphEngine) and isinstance(whole, GraphEngine)
+    start = {n: t.clone() for n, t in small.weights().items()}
+    masks = worth.half_of_the_units(small)
+    for name, some in (("first half", masks), ("second half", {n: m.flip(0, 1) for n, m in masks.items()})):
+        for engine in (small, whole):
+            engine.set_masks(some)
+            engine.rewind(start)
+            engine.run(0, 5)
+        ledger.check(f"smaller net, {name}: rounds that were whole", float(small.small is None), 0)
+        a, b = (torch.cat([w.weights()[n].cpu().double().reshape(-1) for n in masks]) for w in (small, whole))
+        ledger.check(f"smaller net, {name}: weights after five steps, relative error by norm",
+                     float((a - b).norm() / b.norm()), 1e-4)  # fmt: skip
 
 
 def _no_waiting(ledger: Ledger) -> None:

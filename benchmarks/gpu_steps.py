@@ -2,7 +2,9 @@
 
 eager: data resident, bf16 autocast, channels-last, fused optimizer, masked gradients; compiled: the same with the net
 under torch.compile. dense and graph are our engines, "graph compiled" the graph of a compiled forward and backward
-pass. What has to be compiled comes last, since it takes most of the time.
+pass, "graph deterministic" the graph of algorithms that give the same bits twice, "graph half" that of the smaller net
+where half of the units are needed. What has to be compiled comes last, since it takes most of the time. For each model
+there is a row of what smaller nets are worth: the share of the work at which a paper's round gains by one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from fastlth.bench import peak
 from fastlth.bench.rivals import Eager
 from fastlth.bench.subject import ROWS, masks_of_round, random_source
 from fastlth.recipe import Recipe
+from fastlth.training import worth
+from fastlth.training.engines import compact
+from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
 
 MODELS = (("vgg19", "cifar-10"), ("conv-6", "cifar-10"), ("conv-4", "cifar-10"), ("conv-2", "cifar-10"),
@@ -39,10 +44,13 @@ def measure(ledger: Ledger) -> None:
         for model, dataset in MODELS[-2:] if ledger.dry else MODELS:
             for batch in (8,) if ledger.dry else BATCHES[model]:
                 _compare(ledger, model, dataset, batch, peaks, compiled)
+            if not compiled:
+                _worth(ledger, model, dataset)
 
 
 def _compare(ledger: Ledger, model: str, dataset: str, batch: int, peaks: dict[str, float], compiled: bool) -> None:
-    ways = ("compiled", "graph compiled") if compiled else ("eager", "dense", "graph")
+    plain = ("eager", "dense", "graph", "graph deterministic", "graph half")
+    ways = ("compiled", "graph compiled") if compiled else plain
     ways = tuple(w for w in ways if not ledger.has(subject="step", model=model, batch=batch, way=w))
     if not ways:
         return
@@ -72,6 +80,20 @@ def _compare(ledger: Ledger, model: str, dataset: str, batch: int, peaks: dict[s
                    share_of_peak=rate * flops / peaks[one.compute.precision], n=len(seconds))  # fmt: skip
 
 
+def _worth(ledger: Ledger, model: str, dataset: str) -> None:
+    short: dict[str, Any] = {"train.iterations": 2, "evaluate.every": 2} if ledger.dry else {}
+    one = with_compute(recipe(ledger, model, dataset, **short), compact=1.0)
+    if ledger.has(subject="smaller nets", model=model) or compact.unsupported(one):
+        return
+    if ledger.time_left() < 5:
+        ledger.left_out.append(f"{model} smaller nets")
+        return
+    engine = make_engine(one, random_source(dataset, images=160 if ledger.dry else 20_000))
+    assert isinstance(engine, GraphEngine)
+    ledger.row(subject="smaller nets", model=model, iterations=one.train.iterations,
+               work_left=worth.measured(engine, one))  # fmt: skip
+
+
 def _way(one: Recipe, way: str, ledger: Ledger) -> Steps:
     source = random_source(one.data.name, images=160 if ledger.dry else 20_000)
     masks = masks_of_round(one, 5)[0]
@@ -80,8 +102,12 @@ def _way(one: Recipe, way: str, ledger: Ledger) -> Steps:
         rival = Eager(one, source.train, masks, precision=one.compute.precision, channels_last=last,
                       compiled=way == "compiled", device=str(ledger.device))  # fmt: skip
         return rival.steps
-    changes = {"engine": way.split()[0], "compile": "on" if "compiled" in way else "off"}
+    changes = {"engine": way.split()[0], "compile": "on" if "compiled" in way else "off",
+               "deterministic": "deterministic" in way, "compact": 1.0 if "half" in way else 0.0}  # fmt: skip
     engine = make_engine(with_compute(one, **changes), source)
+    if way == "graph half":
+        assert isinstance(engine, GraphEngine)
+        masks = worth.half_of_the_units(engine)
     engine.set_masks({n: m.to(ledger.device) for n, m in masks.items()})
     engine.rewind({n: t.clone() for n, t in engine.weights().items()})
     at = 0

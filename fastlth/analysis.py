@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fastlth.models import skeleton, weight_names
-from fastlth.models.channels import STEP, Link, Removable, links, removable, work_left
+from fastlth.models.channels import STEP, Link, Removable, decay_keeps_signs, links, removable, work_left
 from fastlth.recipe import Recipe
 from fastlth.store.ticket import Ticket
 
@@ -191,7 +191,7 @@ def removable_units(
     if not layers:
         return None
     whole = {n: masks.get(n, np.ones(tuple(net.get_parameter(n).shape), bool)) for n in weight_names(net)}
-    return removable(layers, whole, start)
+    return removable(layers, whole, start, signs_stay=decay_keeps_signs(recipe.train))
 
 
 def _work(recipe: Recipe, found: Mapping[str, Removable]) -> dict[str, float]:

@@ -390,6 +390,9 @@ class ComputeSection:
     shifted: tuple[str, ...] = ("auto",)
     """gradients of convolutions made by shifted matrix products on a CPU, such as conv13.weight and conv13.input;
     auto: those that measure faster"""
+    compact: float = -1.0
+    """share of a net's multiplications at or below which the graph engine trains a round as the smaller net without
+    units that it does not need; 0: never; -1: measured on CUDA, else never"""
     kept: dict[str, float] = field(default_factory=dict, hash=False)
     """layer -> density at or below which the dense engine runs it from its kept weights alone on a CPU (fc1 = 0.3);
     empty with engine auto: measured"""
@@ -404,6 +407,8 @@ class ComputeSection:
         _choice("compute.engine", self.engine, ("auto", "dense", "sparse", "graph"))
         _check("compute.break_even", self.break_even == -1 or 0 <= self.break_even <= 1,
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
+        _check("compute.compact", self.compact == -1 or 0 <= self.compact <= 1,
+               "be in 0 to 1, or -1 to have it measured", self.compact)  # fmt: skip
         _choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))
         _check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
         object.__setattr__(self, "shifted", tuple(self.shifted))  # read back as a list

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training import faults
-from fastlth.training.engines import fleet
+from fastlth.training.engines import fleet, room
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.fleet import Member
 from fastlth.training.engines.make import make_engine
@@ -167,7 +168,7 @@ def run(
 
     Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. Where the sparse engine
     trains, as many of them run side by side as there are processors, each on one thread; where the graph engine trains
-    a fully connected net, all of them are trained as one. ``log`` names further
+    a fully connected net, as many as memory holds are trained as one. ``log`` names further
     places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
     step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
     ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet. ``model`` and ``data``
@@ -185,27 +186,37 @@ def run(
         ]
         many = replicates > 1 and team is None
         together = _together(directories, source, resolved) if many else 1
-        members = _fleet(directories, source, resolved, show) if many and together == 1 else {}
-        together = max(together, len(members))
 
-        def task(r: int, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
+        def task(r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
             settled = next((d.resolved for d in directories if d.resolved), resolved)
             one = directories[r]
-            with members[r] if r in members else nullcontext() as member:
+            with member or nullcontext():
                 return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir,
                                 member, team)  # fmt: skip
 
-        if together == 1:
-            return Search(recipe, tuple(task(r, show, stopped) for r in range(replicates)))
+        def beside(r: int, member: Member | None) -> Callable[[Tell, Callable[[], bool]], Replicate]:
+            return lambda hand_on, failed: task(
+                r, member, hand_on, lambda: stopped() or (signal.SIGTERM if failed() else None)
+            )
 
-        def beside(r: int) -> Callable[[Tell, Callable[[], bool]], Replicate]:
-            return lambda hand_on, failed: task(r, hand_on, lambda: stopped() or (signal.SIGTERM if failed() else None))
+        def at_once(members: Mapping[int, Member | None], workers: int) -> dict[int, Replicate]:
+            numbers = list(members)
+            tasks = [beside(r, member) for r, member in members.items()]
+            ended = side_by_side(tasks, workers=workers,
+                                 show=lambda i, e: show(Beside(numbers[i], seeds[numbers[i]].base, e)))  # fmt: skip
+            return dict(zip(numbers, ended, strict=True))
 
-        done = side_by_side(
-            [beside(r) for r in range(replicates)], workers=together,
-            show=lambda r, event: show(Beside(r, seeds[r].base, event)),
-        )  # fmt: skip
-        return Search(recipe, tuple(done))
+        done: dict[int, Replicate] = {}
+        if together > 1:
+            done = at_once(dict.fromkeys(range(replicates)), together)
+        elif many:
+            for members in _fleets(directories, source, resolved, show):
+                done |= at_once(members, len(members))
+                members.clear()  # nothing may hold this fleet's memory when the next is made
+        for r in range(replicates):
+            if r not in done:
+                done[r] = task(r, None, show, stopped)
+        return Search(recipe, tuple(done[r] for r in range(replicates)))
 
 
 def _together(directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None) -> int:
@@ -226,29 +237,45 @@ def _together(directories: Sequence[Run], source: Source, resolved: Mapping[str,
     return min(len(todo), max(1, cores() // int(resolved["threads"])))
 
 
-def _fleet(
+def _fleets(
     directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None, show: Show
-) -> dict[int, Member]:
-    """Engines of replicates that are trained as one, by their number: those still to be done, where the graph engine
-    trains them, they can be batched, and all are at the same step (one that was killed may be behind)."""
+) -> Iterator[dict[int, Member]]:
+    """Engines of replicates that are trained as one, by their number, one group after the other: those still to be
+    done, where the graph engine trains them and they can be batched; as many at a time as are at the same step (one
+    that was killed may be behind) and as memory holds. Whoever is in no group is alone."""
     saved = [(d.ticket(theta0), d.state()) for d in directories]
     recipe = directories[0].recipe
     todo = [r for r, (ticket, _) in enumerate(saved) if ticket is None or not over(recipe, ticket.rounds)]
     where = device(recipe.compute.device)
     asked = recipe.compute.engine == "graph" or (recipe.compute.engine == "auto" and where.startswith("cuda"))
     if len(todo) < 2 or not asked or fleet.unsupported(recipe):
-        return {}
-    places = {(len(t.rounds) if t else 0, s.info["progress"]["iteration"] if s else 0)
-              for t, s in (saved[r] for r in todo)}  # fmt: skip
+        return
+    places: dict[tuple[int, int], list[int]] = {}
+    for r in todo:
+        ticket, state = saved[r]
+        at = len(ticket.rounds) if ticket else 0, state.info["progress"]["iteration"] if state else 0
+        places.setdefault(at, []).append(r)
     compute, _, _ = _settle(directories[todo[0]], directories[todo[0]].recipe, source, resolved)
-    if compute.engine != "graph" or len(places) > 1:
-        return {}
-    try:
-        made = fleet.Fleet([dataclasses.replace(directories[r].recipe, compute=compute) for r in todo], source)
-    except torch.OutOfMemoryError:
-        show(Notice(f"{compute.device} has not memory enough for {len(todo)} replicates as one: they train one by one"))
-        return {}
-    return dict(zip(todo, made.members, strict=True))
+    if compute.engine != "graph":
+        return
+    free = room.free(compute.device)
+    settled = dataclasses.replace(recipe, compute=compute)
+    most = len(todo) if free is None else room.fits(settled, source, free)
+    groups = [group for same in places.values() for group in room.groups(same, most)]
+    while groups:
+        group, made = groups.pop(0), None
+        gc.collect()  # the fleet before: it and its members know each other
+        if len(group) == 1:
+            continue
+        try:
+            made = fleet.Fleet([dataclasses.replace(directories[r].recipe, compute=compute) for r in group], source)
+        except torch.OutOfMemoryError:
+            half = -(-len(group) // 2)
+            groups = room.groups(group, half) + groups
+            show(Notice(f"{compute.device} has not memory enough for {len(group)} replicates as one: "
+                        f"{half} are trained at a time"))  # fmt: skip
+        if made is not None:
+            yield dict(zip(group, made.members, strict=True))
 
 
 def in_one_step(recipe: Recipe, density: float) -> Recipe:

@@ -145,6 +145,7 @@ RULES = [
     ("compute__engine", "fast", "unknown compute.engine 'fast'; choose one of: auto, dense, sparse, graph"),
     ("compute__kernels", "cuda", "unknown compute.kernels 'cuda'; choose one of: auto, torch, triton"),
     ("compute__break_even", 1.5, "compute.break_even must be in 0 to 1, or -1 to have it measured, got 1.5"),
+    ("compute__compact", -0.5, "compute.compact must be in 0 to 1, or -1 to have it measured, got -0.5"),
     ("compute__shifted", ["auto", "conv1.weight"],
      "compute.shifted must be auto alone or name gradients, got ['auto', 'conv1.weight']"),
     ("compute__threads", -1, "compute.threads must be in 0 to 4096, got -1"),
@@ -328,7 +329,7 @@ OTHER: dict[str, Any] = {
     "compute.device": "cpu", "compute.precision": "fp32", "compute.compile": "off", "compute.channels_last": "off",
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
     "compute.kernels": "torch", "compute.deterministic": True,
-    "compute.break_even": 0.5, "compute.shifted": ["conv1.weight"],
+    "compute.break_even": 0.5, "compute.compact": 0.5, "compute.shifted": ["conv1.weight"],
     "compute.kept": {"fc1": 0.5},
     "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Counts: what a step and a start do, as whole numbers that are the same on every machine and never noisy.
 
-They run on fake tensors, so a VGG-19 step costs milliseconds, and a host read anywhere in the step raises.
+They run on fake tensors, so a VGG-19 step costs milliseconds, a host read anywhere in the step raises, and a GPU's step
+can be looked at without one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastlth_kernels.masked_step import StepTable
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,14 +26,16 @@ from fastlth.bench import ticket
 from fastlth.bench.subject import masks_of_round, random_source
 from fastlth.composition import compose
 from fastlth.data.loader import Batch
+from fastlth.models import make
 from fastlth.recipe import Recipe
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.store import codec
 from fastlth.store.ticket import EncodedTheta, removed_per_round
+from fastlth.training.engines.arena import Arena, stored
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.dense import DenseEngine
-from fastlth.training.engines.graph import GraphEngine
-from fastlth.training.engines.make import make_engine
+from fastlth.training.engines.graph import GraphEngine, Graphs
+from fastlth.training.engines.make import make_engine, make_order, make_splits
 
 FIXED = {"compute.device": "cpu", "compute.compile": "off", "compute.precision": "fp32", "compute.loader": "resident",
          "compute.channels_last": "off", "compute.engine": "dense", "compute.threads": 1}  # fmt: skip
@@ -46,6 +51,7 @@ def measure() -> dict[str, int]:
         compute = dataclasses.replace(recipe.compute, engine="graph", precision="bf16", channels_last="on")
         graph = dataclasses.replace(recipe, compute=compute)
         found |= {f"graph step {model} {name}": n for name, n in step(graph).items()}
+        found |= {f"graph step {model} on CUDA {name}": n for name, n in on_paper(graph).items()}
     found |= {f"twenty rounds {name}": n for name, n in twenty_rounds().items()}
     found |= {f"ticket {name}": n for name, n in ticket_bytes().items()}
     found["modules imported by --help"] = help_modules()
@@ -78,13 +84,60 @@ def _step_of(engine: Engine, size: int) -> Callable[[], object]:
     return lambda: engine._step(Batch(batch.images, batch.labels, batch.epoch, batch.position))
 
 
+class OnPaper(GraphEngine):
+    """The graph engine of a GPU that need not be there: made under FakeTensorMode, without values and graphs."""
+
+    def _build(self, dtype: torch.dtype) -> nn.Module:
+        recipe = self._recipe
+        facts = recipe.data.facts
+        with torch.device(self.device):
+            return make(recipe.model.name, facts.shape, facts.classes, recipe.model.batch_norm)
+
+    def _captured(self) -> Graphs:
+        return {}
+
+
+class NoBackward:
+    """Gradients without a backward pass, which autograd cannot make for a device that is not there; the counts of a
+    step on a CPU have it. In the place of a smaller net."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+
+    def gradients(self, _loss: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.zeros_like(stored(p)) for p in self._arena.leaves]
+
+    def gather(self) -> None:
+        """Nothing."""
+
+
+def on_paper(recipe: Recipe) -> dict[str, int]:
+    """What a step on a CPU cannot show of one on CUDA, but for its backward pass: host reads of a step and an
+    evaluation, operations that take or give a tensor that is not on the device; and the graphs of a search."""
+    source = random_source(recipe.data.name, images=recipe.data.validation + recipe.train.batch_size)
+    recipe = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, device="cuda:0"))
+    splits, host_reads, seen = make_splits(recipe, source), 0, _Seen()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        engine = OnPaper(recipe, make_order(recipe, len(splits["train"].labels)), splits)
+        engine.small = NoBackward(engine.arena)  # type: ignore[assignment]
+        nowhere = StepTable(engine.arena.settings, engine.arena.settings)  # addresses, which fake tensors have not
+        try:
+            with seen:
+                engine.train_step(recipe.train.batch_size, nowhere)
+                engine.net.eval()
+                engine.evaluation_step(engine.evaluation_batch)
+        except DataDependentOutputException:
+            host_reads = 1
+    return {"host reads": host_reads, "operations elsewhere": seen.elsewhere, "graphs": len(engine.batch_sizes) + 1}
+
+
 class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that touch memory, and the bytes of the tensors they take and give."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: Counter[str] = Counter()
-        self.bytes = 0
+        self.bytes = self.elsewhere = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -92,6 +145,7 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.operations[str(func)] += 1
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
             self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+            self.elsewhere += any(t.device.type == "cpu" for t in tensors)
         return out
 
 

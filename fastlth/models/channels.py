@@ -3,8 +3,9 @@
 Two kinds, in nets that are a chain of layers. *Unread*: no kept weight leads from the unit to a unit that is read;
 nothing that happens in it reaches the logits. *Silent*: no kept weight leads to it from a unit that is not silent, and
 what is added before its ReLU (batch norm's shift, or the layer's bias) is at most 0; so it gives 0, its gradient is 0,
-and it stays silent while the round lasts, since weight decay moves a shift towards 0 and never across. Leaving both out
-changes no logit and no gradient. Their weights still decay and are ranked in the next round.
+and it stays silent while the round lasts, provided that weight decay moves a shift towards 0 and never across
+(``decay_keeps_signs``; where it may cross, only a shift of 0 is silent). Leaving both out changes no logit and no
+gradient. Their weights still decay and are ranked in the next round.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from fastlth.recipe import TrainSection
 
 Array = NDArray[Any]
 Flags = NDArray[np.bool_]
@@ -69,16 +72,34 @@ class Removable:
         return self.unread | self.silent
 
 
-def removable(chain: Sequence[Link], masks: Mapping[str, Flags], start: Mapping[str, Array]) -> dict[str, Removable]:
+def decay_keeps_signs(train: TrainSection) -> bool:
+    """Whether weight decay alone, from a fresh optimizer, moves a parameter towards 0 and never across it.
+
+    Adam's does cross: where the decay is the whole gradient, a step is as long as the learning rate. With SGD, learning
+    rate times decay a and momentum m, parameter u and momentum buffer n <= c u keep their signs if a c > 0 exists with
+    m c + decay <= c (1 - lr (m c + decay)): the roots of a quadratic. A lower rate later in the schedule is as good.
+    """
+    a, m = train.lr * train.weight_decay, train.momentum
+    if train.optimizer == "adam":
+        return a == 0
+    if train.optimizer == "adamw":
+        return a <= 1
+    slack = 1 - m - a * (1 + m * train.nesterov)
+    return slack >= 0 and slack**2 >= 4 * a * (m * m if train.nesterov else m)
+
+
+def removable(
+    chain: Sequence[Link], masks: Mapping[str, Flags], start: Mapping[str, Array], *, signs_stay: bool = True
+) -> dict[str, Removable]:
     """By layer name. masks: of every weight of the chain, [outputs, inputs, ...kernel]; start: what the round starts
-    with, parameters and buffers by their names."""
+    with, parameters and buffers by their names; signs_stay: ``decay_keeps_signs`` of what it trains with."""
     kept = {link.name: _between_units(masks[f"{link.name}.weight"]) for link in chain}
     silent: dict[str, Flags] = {}
     speaking: Flags = np.ones(kept[chain[0].name].shape[1], bool)  # the image is never silent
     for link in chain:
         k = kept[link.name]
         heard = _any(k & np.repeat(speaking, k.shape[1] // len(speaking)), 1)
-        silent[link.name] = ~heard & _held_at_zero(link, start, len(k))
+        silent[link.name] = ~heard & _held_at_zero(link, start, len(k), signs_stay)
         speaking = ~silent[link.name]
     read: Flags = np.ones(len(speaking), bool)  # logits
     unread = {chain[-1].name: ~read}
@@ -98,13 +119,13 @@ def _any(flags: Flags, axis: int) -> Flags:
     return found
 
 
-def _held_at_zero(link: Link, start: Mapping[str, Array], units: int) -> Flags:
+def _held_at_zero(link: Link, start: Mapping[str, Array], units: int, signs_stay: bool) -> Flags:
     """Whether a unit that hears nothing gives 0, in training and in evaluation."""
     if not link.gated:
         return np.zeros(units, bool)
     bias = start[link.bias].astype(np.float64) if link.bias else np.zeros(units)
     if link.norm is None:
-        low: Flags = np.less_equal(bias, 0)
+        low: Flags = np.less_equal(bias, 0) if signs_stay else np.equal(bias, 0)
         return low
     # In evaluation batch norm takes away the running mean, which goes to 0, the unit's constant in training; at both
     # ends the result is at most 0, and so is all that lies between. (Another constant would not cancel exactly.)
@@ -112,7 +133,8 @@ def _held_at_zero(link: Link, start: Mapping[str, Array], units: int) -> Flags:
         start[f"{link.norm}.{n}"].astype(np.float64) for n in ("weight", "bias", "running_mean", "running_var")
     )
     evaluated = shift - scale * mean / np.sqrt(variance + link.eps)
-    held: Flags = (shift <= 0) & (evaluated <= 0) & (bias == 0)
+    constant = (shift == 0) & (mean == 0)  # whatever becomes of the scale
+    held: Flags = (bias == 0) & ((shift <= 0) & (evaluated <= 0) if signs_stay else constant)
     return held
 
 

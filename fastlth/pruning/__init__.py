@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlth.catalogue import SIGN_TESTS
 from fastlth.errors import DivergedError
 from fastlth.masks import Masks
+from fastlth.pruning import magnitude
 from fastlth.pruning.criteria import CRITERIA as CRITERIA
 from fastlth.pruning.criteria import Inputs
 from fastlth.pruning.scope import groups as groups
@@ -30,17 +31,22 @@ def prune(
     ``numbers`` gives the place of every Linear and Conv weight in the model; ``gradients`` is called where the
     criterion needs it. Returns new tensors. Raises DivergedError if a kept weight or score is NaN.
     """
-    broken = [n for n, m in masks.items() if bool(final[n][m].isnan().any())]
+    broken = [n for n, m in masks.items() if bool((final[n].isnan() & m).any())]
     if broken:
         raise DivergedError(f"weights of {', '.join(broken)} are NaN; they cannot be ranked (try a lower --lr)")
+    kept = {n: int(m.sum()) for n, m in masks.items()}
+    rates = {n: r for n, r in layer_rates(numbers, prune).items() if n in masks}
+    ranked = groups(rates, kept, prune.scope)
+    new: Masks = {}
+    if magnitude.usable(prune, {n: final[n] for n in masks}):
+        for names, count in ranked:
+            new |= magnitude.remove_smallest(final, masks, names, count, numbers=numbers, round=round, key=key)
+        return new
     slopes = gradients() if gradients and prune.needs_gradients else None
     scores = {n: _score(prune, n, m, initial[n], final[n], slopes) for n, m in masks.items()}
     if prune.criterion in SIGN_TESTS:
         return {n: m & scores[n] for n, m in masks.items()}
-    kept = {n: int(m.sum()) for n, m in masks.items()}
-    rates = {n: r for n, r in layer_rates(numbers, prune).items() if n in masks}
-    new: Masks = {}
-    for names, count in groups(rates, kept, prune.scope):
+    for names, count in ranked:
         new |= remove_lowest(scores, masks, names, count, numbers=numbers, round=round, key=key)
     return new
 

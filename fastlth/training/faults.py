@@ -38,3 +38,7 @@ def told(device: str, advice: Callable[[], str]) -> Iterator[None]:
 
 def smaller_evaluation(device: torch.device, asked: int, now: int) -> str:
     return f"{device} has not memory enough to evaluate {asked} images at a time: {now} are"
+
+
+def no_smaller_net(device: torch.device) -> str:
+    return f"{device} has not memory enough for the graphs of a smaller net: this round trains the whole one"

@@ -28,9 +28,10 @@ from fastlth.errors import DeviceError, RecipeError
 from fastlth.models import skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import ComputeSection, Recipe
-from fastlth.training import break_even, host, kept, lines, shifted
-from fastlth.training.engines import graph, sparse
+from fastlth.training import break_even, host, kept, lines, shifted, worth
+from fastlth.training.engines import compact, graph, sparse
 from fastlth.training.engines.base import Engine
+from fastlth.training.engines.graph import GraphEngine
 
 MakeEngine = Callable[[Recipe], Engine]
 
@@ -101,7 +102,7 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
     asked, rates = recipe.compute, dict[str, float]()
     fixed = dataclasses.replace(
         asked, device=device(asked.device), engine="dense", loader=loader(asked.loader, recipe), break_even=0.0,
-        kernels=kernels(asked.kernels, device(asked.device)),
+        kernels=kernels(asked.kernels, device(asked.device)), compact=max(asked.compact, 0.0),
         threads=asked.threads or torch.get_num_threads(), precision=asked.precision.replace("auto", "fp32"),
         shifted=() if asked.shifted == ("auto",) else asked.shifted,
         compile=asked.compile.replace("auto", "off"),
@@ -115,6 +116,8 @@ def resolve(recipe: Recipe, make_engine: MakeEngine) -> Resolved:
         fixed = _graph(recipe, fixed, make_engine, rates)
     if chosen is None:
         chosen = _dense(recipe, fixed, make_engine, rates)
+    if asked.compact == -1:
+        chosen = dataclasses.replace(chosen, compact=_compact(recipe, chosen, make_engine))
     return Resolved(chosen, {name: round(rate, 1) for name, rate in rates.items()})
 
 
@@ -222,6 +225,16 @@ def _dense(recipe: Recipe, fixed: ComputeSection, make_engine: MakeEngine, rates
         if measured[compiled] > COMPILE_GAIN * measured[chosen]:
             chosen = compiled
     return chosen
+
+
+def _compact(recipe: Recipe, chosen: ComputeSection, make_engine: MakeEngine) -> float:
+    """The share of multiplications at or below which a round is trained as the smaller net."""
+    trial = dataclasses.replace(recipe, compute=dataclasses.replace(chosen, compact=1.0))
+    if chosen.engine != "graph" or chosen.device == "cpu" or not recipe.prune.rounds or compact.unsupported(trial):
+        return 0.0
+    made = make_engine(trial)
+    # an engine that found no memory is the dense one
+    return round(worth.measured(made, trial), 3) if isinstance(made, GraphEngine) else 0.0
 
 
 def _middle(recipe: Recipe) -> dict[str, float]:

@@ -18,6 +18,7 @@ from fastlth.bench.paired import Paired
 from fastlth.bench.rivals import Eager, Plain
 from fastlth.bench.subject import Ours, masks_of_round, random_source, recipe_for, row
 from fastlth.composition import compose
+from fastlth.training.engines.graph import GraphEngine
 from tests.helpers import CPU, assert_masked
 
 EXPECTED = {"a": 100, "b": 0, "modules imported by --help": 400}
@@ -104,6 +105,27 @@ def test_a_planted_host_read_and_a_planted_operation_are_counted(monkeypatch):
     assert after["bytes"] == before["bytes"] + 2 * 4 * 50_610
     monkeypatch.setattr(MaskedOptimizer, "step", lambda self, pruned: (inner(self, pruned), float(self.lr)))
     assert counts.step(recipe)["host reads"] == 1
+
+
+@pytest.mark.parametrize(("planted", "expected"), [
+    (lambda loss: loss, (0, 0)), (lambda loss: loss + torch.tensor(1.0, device="cpu"), (0, 1)),
+    (lambda loss: loss * loss.item(), (1, 0)),
+])  # fmt: skip
+def test_a_step_of_a_gpu_that_is_not_there_shows_what_it_does_on_the_host(monkeypatch, planted, expected):
+    settings = {**CPU, "compute.engine": "graph", "compute.precision": "bf16", "data.augment": "flip-crop",
+                "data.validation": 64}  # fmt: skip
+    recipe = compose("conv-2", "cifar-10", settings=settings).recipe
+    inner = GraphEngine._forward
+
+    def forward(self, images, labels):
+        assert images.device == labels.device == torch.device("cuda:0")
+        loss, hits = inner(self, images, labels)
+        return planted(loss), hits
+
+    monkeypatch.setattr(GraphEngine, "_forward", forward)
+    found = counts.on_paper(recipe)
+    assert (found["host reads"], found["operations elsewhere"] > 0) == (expected[0], expected[1] > 0)
+    assert found["graphs"] == 2
 
 
 def test_masks_of_a_round_have_its_counts_and_are_obeyed_by_all():

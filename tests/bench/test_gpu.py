@@ -58,7 +58,7 @@ def test_a_variant_that_fails_is_named_and_the_others_are_timed(tmp_path):
     assert set(medians) == {"ours"} and ledger.left_out == ["any naive: RuntimeError out of memory"]
 
 
-PARTS = {"invariants": None, "steps": {"peak", "step"}, "profile": {"profile"},
+PARTS = {"invariants": None, "steps": {"peak", "step", "smaller nets"}, "profile": {"profile"},
          "lenet": {"replicates", "round", "search", "searches"}, "vgg": {"round", "search"}}  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class Arena:
     ) -> None:  # fmt: skip
         parameters = dict(model.named_parameters())
         self.names = list(parameters)
-        shapes = [_stored(p).shape for p in parameters.values()]
+        shapes = [stored(p).shape for p in parameters.values()]
         device = next(iter(parameters.values())).device
         moments = 2 if train.optimizer != "sgd" else int(train.momentum > 0)
         self.flat: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ class Arena:
         )  # fmt: skip
         self._optimizer, self._nesterov = train.optimizer, train.nesterov
         self._nowhere = StepTable(self.settings[:0], self.settings[:0])
-        self.weights = {n: _logical(w) for n, w in zip(self.names, self._weights, strict=True)}
+        self.weights = {n: logical(w) for n, w in zip(self.names, self._weights, strict=True)}
         """fp32, of the parameters' shapes"""
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -81,7 +81,7 @@ class Arena:
         narrow = {id(p) for m in model.modules() if not isinstance(m, nn.modules.batchnorm._BatchNorm)
                   for p in m.parameters(recurse=False)} if self._copies else set()  # fmt: skip
         sources = self._copies or self._weights
-        own = [_logical(c) if id(p) in narrow else self.weights[n]
+        own = [logical(c) if id(p) in narrow else self.weights[n]
                for (n, p), c in zip(parameters.items(), sources, strict=True)]  # fmt: skip
         new = {id(p): nn.Parameter(tensor) for p, tensor in zip(parameters.values(), own, strict=True)}
         for module in model.modules():
@@ -104,15 +104,20 @@ class Arena:
         """The optimizer's state under torch's names, of the parameters' shapes; all share Adam's count of steps."""
         adam = self._optimizer != "sgd"
         groups = {"exp_avg" if adam else "momentum_buffer": self._first, "exp_avg_sq": self._second}
-        found = {f"{n}/{slot}": _logical(t) for slot, group in groups.items()
+        found = {f"{n}/{slot}": logical(t) for slot, group in groups.items()
                  for n, t in zip(self.names, group, strict=False)}  # fmt: skip
         return found | ({f"{n}/step": self.settings[STEPS] for n in self.names} if adam else {})
+
+    def places(self) -> dict[str, Tensor]:
+        """Where each parameter lies in the flat buffers of weights, moments and copies: int64 of its shape."""
+        flat = torch.arange(len(self.flat["weights"]), device=self.flat["weights"].device)
+        return {n: flat.as_strided(w.shape, w.stride(), w.storage_offset()) for n, w in self.weights.items()}
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """d loss / d leaves, laid out like the weights: no copy is made where autograd did so already. Of several
         losses [R], their sum's."""
         found = torch.autograd.grad(loss.sum() if loss.dim() else loss, self.leaves)
-        return [_stored(g).contiguous() for g in found]
+        return [stored(g).contiguous() for g in found]
 
     def table(self, gradients: Sequence[Tensor]) -> StepTable:
         """Where the tensors of a step are; on a CPU nobody asks."""
@@ -132,7 +137,7 @@ class Arena:
         packed = torch.zeros(self.flat["weights"].shape, dtype=self.flat["weights"].dtype)
         for name, view in zip(self.names, self._weights, strict=True):
             begin = view.storage_offset()
-            packed[begin : begin + view.numel()].view(view.shape).copy_(_stored(start[name]))
+            packed[begin : begin + view.numel()].view(view.shape).copy_(stored(start[name]))
         if self.flat["weights"].is_cuda:
             packed = packed.pin_memory()
         self.flat["weights"].copy_(packed, non_blocking=True)
@@ -147,7 +152,7 @@ class Arena:
         """Copy masks into the bits; pruned weights become +0.0. Their optimizer state does in the next step."""
         for name, bits in zip(self.names, self._bits, strict=True):
             if name in masks:
-                bits.copy_(pack(_stored(masks[name].to(bits.device))))
+                bits.copy_(pack(stored(masks[name].to(bits.device))))
         self.zero_pruned()
 
     @torch.no_grad()
@@ -164,10 +169,11 @@ class Arena:
             self.flat["copies"].copy_(self.flat["weights"])
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def stored(tensor: Tensor) -> Tensor:
     """As it lies in memory: weights of convolutions as OHWI."""
     return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
 
 
-def _logical(tensor: Tensor) -> Tensor:
+def logical(tensor: Tensor) -> Tensor:
+    """The inverse: as a model sees it."""
     return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor

@@ -26,13 +26,15 @@ def capture(engine: GraphEngine) -> dict[str, Replay]:
     """
     before = [tensor.clone() for tensor in engine.changing()]
     place = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(engine.device))  # type: ignore[no-untyped-call]
-    graphs = {f"train {size}": _training(engine, size, *place) for size in engine.batch_sizes}
-    engine.model.eval()
-    graphs["evaluate"] = fit_evaluation(engine, lambda: _evaluation(engine, *place))
-    engine.model.train()
-    with torch.no_grad():
-        for tensor, value in zip(engine.changing(), before, strict=True):
-            tensor.copy_(value)
+    try:
+        graphs = {f"train {size}": _training(engine, size, *place) for size in engine.batch_sizes}
+        engine.net.eval()
+        graphs["evaluate"] = fit_evaluation(engine, lambda: _evaluation(engine, *place))
+    finally:
+        engine.net.train()
+        with torch.no_grad():
+            for tensor, value in zip(engine.changing(), before, strict=True):
+                tensor.copy_(value)
     torch.cuda.synchronize(engine.device)
     return graphs
 

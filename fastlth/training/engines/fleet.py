@@ -79,7 +79,7 @@ class Fleet(graph.GraphEngine):
         super().__init__(recipes[0], self._own_orders[0], {"train": source.train, "test": source.test}, dtype=dtype)
         self.members = [Member(self, r) for r in range(count)]
 
-    def _build(self) -> nn.Module:
+    def _build(self, dtype: torch.dtype) -> nn.Module:
         nets = [build(r) for r in self._recipes]
         masked = self._recipe.compute.kernels == "triton"
         layers = nn.Sequential()
@@ -88,7 +88,7 @@ class Fleet(graph.GraphEngine):
                 layers.add_module(name, BatchedLinear([n.get_submodule(name) for n in nets], masked))  # type: ignore[misc]
             elif isinstance(module, nn.ReLU):
                 layers.add_module(name, nn.ReLU())
-        return layers
+        return layers.to(self.device, dtype)
 
     def _load_images(self, splits: dict[str, Images]) -> None:
         """Rows of a replicate's own images in the tensor of all, [R, images] for each split."""

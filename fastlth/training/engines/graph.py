@@ -3,7 +3,8 @@
 Batch assembly, forward, loss, backward, masked update and the record of loss and hits are inside; the last, smaller
 batch of an epoch is a second graph, evaluation a third. Masks, weights, learning rates and counters are tensors at
 fixed addresses, so nothing is captured, compiled or allocated anew between round 0 and round 20, and between two
-evaluations the host only uploads an epoch's order when it is first seen.
+evaluations the host only uploads an epoch's order when it is first seen. Only a round that can be trained as a smaller
+net (``compact.py``) has graphs of its own, where ``compute.compact`` allows them.
 
 On other devices the same functions are called without a graph: slower than the dense engine, and what tests compare.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,8 @@ from fastlth.models import build, skeleton, weight_names
 from fastlth.models.dropout import Dropout
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
-from fastlth.training import host
+from fastlth.training import faults, host
+from fastlth.training.engines import compact
 from fastlth.training.engines.arena import Arena
 from fastlth.training.engines.base import Chunk, Tensors
 from fastlth.training.evaluate import Scores
@@ -37,6 +40,8 @@ from fastlth.training.schedule import lr_at
 
 EVALUATION_BATCH = 2500  # divides the 5,000 and 10,000 images of the papers' validation and test sets
 ORDER_BYTES = 256 * 2**20  # of epochs' orders kept on the device
+
+Graphs = dict[str, Callable[[], object]]
 
 # Places in the counters of a step. EPOCH and POSITION are neighbours: dropout takes both at once.
 ITERATION, EPOCH, POSITION, ORDER, ROW = range(5)
@@ -69,7 +74,9 @@ class GraphEngine:
         self._recipe, self._order = recipe, order
         self.device = torch.device(recipe.compute.device)
         self.said: list[str] = []
-        self.model = self._build().to(self.device, dtype).train()
+        self.model = self._build(dtype).train()
+        self.net = self.model
+        """what computes: the model, or what is left of it"""
         self.weight_names = weight_names(skeleton(recipe))
         self.prunable = list(layer_rates(self.weight_names, recipe.prune))
         self.arena = Arena(self.model, self.prunable, recipe.train, recipe.compute.precision, dtype)
@@ -86,32 +93,39 @@ class GraphEngine:
         if recipe.compute.compile == "on":
             self._loss_and_hits = torch.compile(self._forward, fullgraph=True, dynamic=False)
             self._losses_and_hits = torch.compile(self._forward_each, fullgraph=True, dynamic=False)
-        self._graphs: dict[str, Callable[[], object]] = {}
-        if self.device.type == "cuda":
-            from fastlth.training.engines.capture import capture
+        self.small: compact.Compact | None = None
+        self._last: tuple[compact.Compact, Graphs] | None = None
+        self._masks: Tensors = {}
+        self._graphs = self._whole_graphs = self._captured()
 
-            with self._settings():
-                self._graphs = capture(self)
+    def _captured(self) -> Graphs:
+        """The graphs of ``net``; none on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        from fastlth.training.engines.capture import capture
+
+        with self._settings(), torch.enable_grad():
+            return capture(self)
 
     @property
     def layers(self) -> dict[str, str]:
         return {name.removesuffix(".weight"): "dense" for name in self.weight_names}
 
-    def _build(self) -> nn.Module:
+    def _build(self, dtype: torch.dtype) -> nn.Module:
+        """The net on its device, with theta0."""
         model = build(self._recipe)
         if self._recipe.compute.kernels == "triton":
             from fastlth.training.masked_modules import swap_  # imports Triton
 
             model = swap_(model)
-        return model
+        return model.to(self.device, dtype)
 
     def _load_images(self, splits: dict[str, Images]) -> None:
         """All images in one tensor, so that one evaluation graph serves every split."""
         self._pixels = torch.cat([torch.from_numpy(s.pixels) for s in splits.values()]).to(self.device)
         self._labels = torch.cat([torch.from_numpy(s.labels) for s in splits.values()]).to(self.device)
-        ends = torch.tensor([0, *(len(s.labels) for s in splits.values())]).cumsum(0).tolist()
-        self._begins = dict(zip(splits, ends, strict=False))
         self._sizes = {name: len(s.labels) for name, s in splits.items()}
+        self._begins = dict(zip(splits, accumulate(self._sizes.values(), initial=0), strict=False))
         data = self._recipe.data
         self._table = table(data.facts, data.normalise).to(self.device)
 
@@ -149,12 +163,12 @@ class GraphEngine:
     # The step
 
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images)
+        logits = self.net(images)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
 
     def _forward_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images)
+        logits = self.net(images)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
@@ -187,8 +201,10 @@ class GraphEngine:
         for dropout in self._dropouts:
             dropout.place.copy_(at[EPOCH : POSITION + 1])
         loss, hits = self._loss_and_hits(images, labels)
-        gradients = arena.gradients(loss)
+        gradients = arena.gradients(loss) if self.small is None else self.small.gradients(loss)
         arena.step(gradients, arena.table(gradients) if where is None else where)
+        if self.small is not None:
+            self.small.gather()
         row = at[ROW : ROW + 1]
         self._losses.index_copy_(0, row, loss.detach().float()[None])
         self._hits.index_copy_(0, row, hits[None])
@@ -269,23 +285,53 @@ class GraphEngine:
         """Total loss and hits of a split's first images; returns how many they are."""
         count = len(range(self._sizes[split])[:images])
         begin = self._begins[split]
-        self.model.eval()
+        self.net.eval()
         with self._settings():
             self._window.copy_(on_device(torch.tensor([begin, begin + count]), self.device))
             self._totals.zero_()
             for done in range(0, count, self.evaluation_batch):
                 self._play("evaluate", self.evaluation_step, min(self.evaluation_batch, count - done))
-        self.model.train()
+        self.net.train()
         return count
 
     @torch.no_grad()
     def rewind(self, start: Tensors) -> None:
+        self._train(None, self._whole_graphs)
         self.arena.restore(start)
         for name, buffer in self._buffers.items():
             buffer.copy_(start[name])
         self._filled.zero_()
+        self._leave_out(compact.needed(self._recipe, self._masks, start))
+
+    def _leave_out(self, stays: compact.Stays | None) -> None:
+        """Train what stays alone, from the start of a round on, or the whole net. Graphs are captured only where the
+        smaller net has other widths than the last one."""
+        if stays is None:
+            self._last = None
+            return
+        if self._last is None or not self._last[0].fits(stays):
+            self._last = None
+            small = compact.Compact(self.model, self.arena, stays)
+            self._train(small, {})
+            try:
+                self._last = small, self._captured()
+            except torch.OutOfMemoryError:
+                self._train(None, self._whole_graphs)
+        if self._last is None:
+            self.said.append(faults.no_smaller_net(self.device))
+            return
+        self._last[0].point(stays)
+        self._train(*self._last)
+
+    def _train(self, small: compact.Compact | None, graphs: Graphs) -> None:
+        self.small, self._graphs = small, graphs
+        self.net = self.model if small is None else small.net
 
     def set_masks(self, masks: Tensors) -> None:
+        if self.small is not None:
+            self.small.write_back()
+        self._train(None, self._whole_graphs)
+        self._masks = dict(masks)
         self.arena.set_masks(masks)
         if self._recipe.compute.kernels == "triton":
             from fastlth.training.masked_modules import write_masks
@@ -293,6 +339,8 @@ class GraphEngine:
             write_masks(self.model, masks)
 
     def weights(self) -> dict[str, Tensor]:
+        if self.small is not None:
+            self.small.write_back()
         every = self.model.state_dict(keep_vars=True)
         return {n: self.arena.weights.get(n, t).detach() for n, t in every.items()}
 
@@ -309,6 +357,8 @@ class GraphEngine:
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
         self.arena.refresh()
+        if self.small is not None:
+            self.small.read_in()
 
     def to_begin(self) -> None:
         """Counters at the first batch and the first images."""

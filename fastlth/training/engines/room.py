@@ -1,0 +1,54 @@
+"""How many replicates a GPU's free memory holds at once.
+
+A replicate of P parameters that is trained as part of a fleet takes, in bytes,
+
+    P (4 weight + 4 per moment + 4 gradient + 2 bf16 copy + 1/8 mask)  +  8 per unit and image at once  +  4 per image
+
+and the images themselves are there once. An estimate, from above where it is not exact; what still does not fit is
+found when the fleet is made, and halved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from fastlth.data.sources import Source
+from fastlth.models import skeleton
+from fastlth.recipe import Recipe
+from fastlth.training.engines import graph
+from fastlth.training.engines.fleet import EVALUATION_BATCH
+
+SHARE = 0.8  # of what is free: libraries have workspaces, and allocators round up
+
+
+def fits(recipe: Recipe, source: Source, free: int) -> int:
+    """Replicates of a fully connected net that ``free`` bytes hold, at least 1."""
+    train, facts = recipe.train, recipe.data.facts
+    parameters = list(skeleton(recipe).parameters())
+    moments = 2 if train.optimizer != "sgd" else int(train.momentum > 0)
+    each = 8 + 4 * moments + (2 if recipe.compute.precision == "bf16" else 0) + 1 / 8
+    units = math.prod(facts.shape) + sum(len(p) for p in parameters if p.dim() == 1)
+    images = sum(len(part.labels) for part in (source.train, source.test))
+    at_once = max(train.batch_size, min(EVALUATION_BATCH, images))
+    bytes_each = sum(p.numel() for p in parameters) * each + 8 * units * at_once + 4 * 2 * images
+    shared = images * (math.prod(facts.shape) + 8) + graph.ORDER_BYTES
+    return max(1, int((SHARE * free - shared) // bytes_each))
+
+
+def free(device: str) -> int | None:
+    """Bytes that are free on a CUDA device; None elsewhere, where nothing limits a fleet."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.empty_cache()  # what was timed before is still held
+    return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def groups(replicates: Sequence[int], most: int) -> list[list[int]]:
+    """In order, as few as can be, of nearly equal sizes."""
+    count = -(-len(replicates) // most)
+    ends = [len(replicates) * i // count for i in range(count + 1)]
+    return [list(replicates[a:b]) for a, b in pairwise(ends)]

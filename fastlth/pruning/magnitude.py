@@ -16,6 +16,7 @@ from fastlth_kernels.launch import on_gpu
 from fastlth_kernels.philox import Key
 from torch import Tensor
 
+from fastlth.errors import EnvironmentFailure
 from fastlth.masks import Masks
 from fastlth.recipe import PruneSection
 
@@ -32,14 +33,29 @@ def remove_smallest(
 ) -> Masks:  # fmt: skip
     """New masks of the tensors ``names``, with the ``count`` kept weights of lowest magnitude over all of them gone.
 
-    Arguments as in ``select.remove_lowest``; no kept weight is NaN.
+    Arguments as in ``select.remove_lowest``; no kept weight is NaN. Raises EnvironmentFailure where the device removed
+    others than these: a wrong mask is worse than none, and one look at all weights per round costs nothing.
     """
     if count == 0:
         return {n: masks[n].clone() for n in names}
     lying = [_rows(weights[n]) for n in names]
     bits = [pack(_rows(masks[n])) for n in names]
     prune_lowest(lying, bits, count, [numbers[n] for n in names], round, list(key))
-    return {n: _places(unpack(b, w.shape[-1])) for n, b, w in zip(names, bits, lying, strict=True)}
+    found = {n: _places(unpack(b, w.shape[-1])) for n, b, w in zip(names, bits, lying, strict=True)}
+    _verify(weights, masks, found, count)
+    return found
+
+
+def _verify(weights: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Masks, count: int) -> None:
+    """Exactly ``count`` weights went, none came back, and none that went is larger than one that stayed."""
+    gone = [before[n] & ~after[n] for n in after]
+    lowest = min(float(weights[n].abs().masked_fill(~m, torch.inf).min()) for n, m in after.items())
+    highest = max(float(weights[n].abs().masked_fill(~m, 0).max()) for n, m in zip(after, gone, strict=True))
+    came = any(bool((m & ~before[n]).any()) for n, m in after.items())
+    if sum(int(m.sum()) for m in gone) != count or came or highest > lowest:
+        raise EnvironmentFailure("the GPU's kernel for pruning removed other weights than the smallest; please report "
+                                 "it with the versions that 'fastlth doctor' shows, and prune on the CPU with "
+                                 "--engine dense --device cpu")  # fmt: skip
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastlth.pruning
+from fastlth.errors import EnvironmentFailure
 from fastlth.pruning import layer_rates, magnitude, prune
 from fastlth.pruning.select import remove_lowest
 from fastlth.recipe import PruneSection
@@ -41,6 +42,30 @@ def test_the_same_weights_go_as_by_scores(few, count):
         for n, mask in expected.items():
             assert torch.equal(found[n], mask) and found[n] is not masks[n] and found[n].is_contiguous()
         assert sum(int((masks[n] & ~m).sum()) for n, m in found.items()) == gone
+
+
+@pytest.mark.parametrize("wrong", ["one more", "one less", "one came back", "a larger one"])
+def test_a_kernel_that_removes_others_is_found_out(monkeypatch, wrong):
+    final = weights(0, False)
+    masks = half_masks(final, 0.7)
+    real = magnitude.prune_lowest
+
+    def broken(lying, bits, count, numbers, round, key):
+        real(lying, bits, count + (wrong == "one more") - (wrong == "one less"), numbers, round, key)
+        word, row = bits[2][0], lying[2][0]  # of fc.weight
+        kept = [i for i in range(32) if int(word[0]) >> i & 1]
+        gone = [i for i in range(32) if not int(word[0]) >> i & 1]
+        if wrong == "one came back":
+            word[0] |= 1 << gone[0]
+            word[0] &= ~(1 << kept[0])
+        elif wrong == "a larger one":  # in place of one that went now
+            largest = max(kept, key=lambda i: abs(float(row[i])))
+            fell = next(i for i in gone if bool(masks["fc.weight"][0, i]))
+            word[0] = (int(word[0]) | 1 << fell) & ~(1 << largest)
+
+    monkeypatch.setattr(magnitude, "prune_lowest", broken)
+    with pytest.raises(EnvironmentFailure, match="removed other weights than the smallest"):
+        magnitude.remove_smallest(final, masks, list(SHAPES), 500, numbers=NUMBERS, round=1, key=KEY)
 
 
 @pytest.mark.parametrize("section", [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from statistics import fmean, stdev
+from statistics import fmean
 
 import pytest
 
@@ -128,10 +128,5 @@ def test_one_shot_tickets_are_between(paper):
           f"its reinit {fmean(drawn):.2%} {drawn}; "
           f"seed 0 dense {dense:.2%}, one-shot at 60, 40, 20 % {wide}")
     assert iterative >= fmean(once)
-    # Over ten seeds the mean difference is 0.0030 (docs/results/lottery.md), the bar itself. Five seeds tell it to
-    # within twice their standard error, so what is asked is that they do not contradict it.
-    better = [a - b for a, b in zip(once, drawn, strict=True)]
-    assert min(better) > 0
-    assert fmean(better) >= 0.003 - 2 * stdev(better) / len(better) ** 0.5
-    assert iterative >= fmean(drawn) + 0.003
+    assert min(iterative, fmean(once)) >= fmean(drawn) + 0.003
     assert max(wide) > dense

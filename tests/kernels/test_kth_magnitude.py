@@ -1,9 +1,12 @@
 """Pruning by magnitude on the device removes the weights that the search's own selection removes, tie by tie."""
 
+import numpy as np
 import pytest
 import torch
 from fastlth_kernels import kth_magnitude as km
 from fastlth_kernels.bitmask import pack, unpack
+from fastlth_kernels.launch import jit, tl
+from fastlth_kernels.philox import philox
 from hypothesis import given, settings
 
 from tests.kernels.cases import SELECTION, check_selection
@@ -32,6 +35,30 @@ def test_keys_that_begin_alike(interpreted):
     """Weights 913 and 2035 have an equal first word, the 1540th lowest, under this key: the second decides."""
     check_selection({"shapes": [(64, 32)], "density": 1.1, "seed": 5, "values": "equal", "share": 1540 / 2048,
                      "round": 1, "key": (2852, 0), "first": 1})  # fmt: skip
+
+
+@jit
+def _keys(out, width, spatial, number, round, key0, key1, N: tl.constexpr):
+    index = tl.arange(0, N)
+    w0, w1 = km._key_words(index, width, spatial, number, round, key0, key1)
+    tl.store(out + 2 * index, w0)
+    tl.store(out + 2 * index + 1, w1)
+
+
+@pytest.mark.parametrize("shape", [(64,), (4, 16), (4, 2, 2, 4)])
+@pytest.mark.parametrize("key", [(2852, 0), (2**32 - 1, 2**31)])
+def test_the_key_has_all_its_63_bits(interpreted, shape, key):
+    """Keys of a selection hardly ever agree in more than their first 40 bits, so no selection shows the last ones."""
+    weight, out = torch.zeros(shape), torch.empty(64, 2, dtype=torch.int64)
+    _keys[(1,)](out, shape[-1], km._spatial(weight), 5, 9, *key, 64)
+    counter = np.arange(64).reshape(shape)
+    if len(shape) == 4:  # memory holds OHWI, the counter is the place in OIHW
+        o, h, w, i = shape
+        counter = np.arange(64).reshape(o, i, h, w).transpose(0, 2, 3, 1)
+    counter, zero = counter.reshape(-1).astype(np.uint64), np.zeros(64, dtype=np.uint64)
+    w0, w1, _, _ = philox(counter, zero + np.uint64(5), zero + np.uint64(9), zero, key)
+    assert out[:, 0].tolist() == [int(w) for w in w0]
+    assert out[:, 1].tolist() == [int(w) // 2 for w in w1]
 
 
 def test_order():

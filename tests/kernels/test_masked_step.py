@@ -51,6 +51,16 @@ def test_adam_keeps_its_digits_over_many_steps(interpreted):
         check_step({**CASE, "optimizer": "adam", "shapes": [(7, 33)], "dense": False, **case})
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+def test_decay_that_nearly_cancels_the_gradient(interpreted, kernel):
+    """What is left of both may be all rounding, and Adam makes a whole step of it: no fp32 step is exact there."""
+    stepping = Stepping({**CASE, "optimizer": "adam", "shapes": [(64,)], "dense": False, "bf16_grads": False,
+                         "density": 1.1, "steps": 1})  # fmt: skip
+    left = torch.logspace(-12, -2, 64, dtype=torch.float64)
+    stepping.grads = [[(left - 1e-2 * stepping.start[0].double()).float()]]
+    stepping.check(stepping.ours(kernel))
+
+
 def arguments(optimizer="sgd"):
     """The tensors of a small public call."""
     w = [torch.randn(4, 33, generator=torch.Generator().manual_seed(2)), torch.ones(5)]

@@ -112,9 +112,7 @@ def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return Recipe.from_dict(merged)
 
 
-def with_own(
-    recipe: Recipe, model: str | Callable[..., Any] | None, data: str | Callable[..., Any] | None
-) -> Recipe:
+def with_own(recipe: Recipe, model: str | Callable[..., Any] | None, data: str | Callable[..., Any] | None) -> Recipe:
     """``recipe`` with another model and other data, where given; other data bring their default hold-out."""
     changes: dict[str, Any] = {"model.name": _name(model)} if model is not None else {}
     if data is not None:

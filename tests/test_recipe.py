@@ -340,7 +340,10 @@ WITHOUT = {
 # Other values of these do not go with BASE; tested by themselves.
 ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.constant"} | {
     # of one's own nets and data alone
-    "model.init", "model.content", "data.image_size", *(f"data.{fact}" for fact in FACTS),
+    "model.init",
+    "model.content",
+    "data.image_size",
+    *(f"data.{fact}" for fact in FACTS),
 }
 
 ALL = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]

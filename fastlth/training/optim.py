@@ -81,9 +81,7 @@ class MaskedOptimizer:
             p.grad = None
 
 
-def _make(
-    parameters: list[Tensor], train: TrainSection, lr: Tensor
-) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
+def _make(parameters: list[Tensor], train: TrainSection, lr: Tensor) -> tuple[torch.optim.Optimizer, tuple[str, ...]]:
     if train.optimizer == "sgd":
         sgd = torch.optim.SGD(parameters, lr=lr, momentum=train.momentum, nesterov=train.nesterov,
                               weight_decay=train.weight_decay, fused=True)  # fmt: skip

@@ -272,7 +272,11 @@ def _label(compute: ComputeSection) -> str:
 
 
 def _measure(
-    recipe: Recipe, candidates: list[ComputeSection], make_engine: MakeEngine, *, calls: int = 3,
+    recipe: Recipe,
+    candidates: list[ComputeSection],
+    make_engine: MakeEngine,
+    *,
+    calls: int = 3,
     density: float | Mapping[str, float] = 1.0,
 ) -> dict[ComputeSection, float]:
     """Training images/s per candidate, by alternated calls, because a neighbour on the machine slows down whoever

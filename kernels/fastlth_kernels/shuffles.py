@@ -195,9 +195,7 @@ def _row_of_16(context: Any, b: Any, array_type: Any, array: Any, offset: Any) -
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def turn_in(
-    typing: Any, source: Any, begin: Any, stride: Any, count: Any, target: Any, place: Any, pitch: Any
-) -> Any:
+def turn_in(typing: Any, source: Any, begin: Any, stride: Any, count: Any, target: Any, place: Any, pitch: Any) -> Any:
     """target[place + j * pitch + i] = source[begin + i * stride + j] for i, j < 16; 0 for i >= ``count``."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -220,9 +218,7 @@ def turn_in(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def turn_out(
-    typing: Any, source: Any, place: Any, pitch: Any, target: Any, begin: Any, stride: Any, count: Any
-) -> Any:
+def turn_out(typing: Any, source: Any, place: Any, pitch: Any, target: Any, begin: Any, stride: Any, count: Any) -> Any:
     """The inverse: target[begin + i * stride + j] = source[place + j * pitch + i] for i < ``count``, j < 16."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:

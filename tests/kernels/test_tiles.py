@@ -84,8 +84,13 @@ def test_a_configuration_that_was_never_compiled_is_found(monkeypatch):
 
 
 def test_every_configuration_is_for_something():
-    found = {choose(*sizes, copies, dtype, *lengths) for sizes in itertools.product((64, 65, 4096), repeat=2)
-             for copies in (1, 128) for dtype in (torch.float32, torch.bfloat16) for lengths in ((), (48,), (48, 3))}
+    found = {
+        choose(*sizes, copies, dtype, *lengths)
+        for sizes in itertools.product((64, 65, 4096), repeat=2)
+        for copies in (1, 128)
+        for dtype in (torch.float32, torch.bfloat16)
+        for lengths in ((), (48,), (48, 3))
+    }
     assert found == {FP32, SMALL, LARGE, ODD}
 
 

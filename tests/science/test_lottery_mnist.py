@@ -124,9 +124,11 @@ def test_one_shot_tickets_are_between(paper):
              for run in paper.values()]  # fmt: skip
     iterative, dense = mean(paper, 10, EARLY), paper[0].rounds[0][EARLY]
     wide = [branch(paper[0].path, Control(kind="one-shot", density=d)).rounds[0][EARLY] for d in (0.6, 0.4, 0.2)]
-    print(f"at {density:.2%}: iterative {iterative:.2%}, one-shot {fmean(once):.2%} {once}, "
-          f"its reinit {fmean(drawn):.2%} {drawn}; "
-          f"seed 0 dense {dense:.2%}, one-shot at 60, 40, 20 % {wide}")
+    print(
+        f"at {density:.2%}: iterative {iterative:.2%}, one-shot {fmean(once):.2%} {once}, "
+        f"its reinit {fmean(drawn):.2%} {drawn}; "
+        f"seed 0 dense {dense:.2%}, one-shot at 60, 40, 20 % {wide}"
+    )
     assert iterative >= fmean(once)
     assert min(iterative, fmean(once)) >= fmean(drawn) + 0.003
     assert max(wide) > dense

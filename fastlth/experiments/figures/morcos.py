@@ -12,9 +12,18 @@ from fastlth.experiments.figures.declare import Against, Arm, Carried, Figure, F
 
 SGD: Mapping[str, Any] = {"schedule.warmup": 0, "prune.rewind_to": "1ep"}
 CIFAR_100: Mapping[str, Any] = {  # the paper's preset for CIFAR-10, which ours covers alone
-    **SGD, "data.augment": "flip-crop", "train.iterations": 112_480, "train.batch_size": 64, "train.optimizer": "sgd",
-    "train.lr": 0.1, "train.momentum": 0.9, "train.weight_decay": 1e-4, "schedule.milestones": [56_240, 84_360],
-    "prune.rate": 0.2, "prune.scope": "global", "prune.scale": {"output": 0.0},
+    **SGD,
+    "data.augment": "flip-crop",
+    "train.iterations": 112_480,
+    "train.batch_size": 64,
+    "train.optimizer": "sgd",
+    "train.lr": 0.1,
+    "train.momentum": 0.9,
+    "train.weight_decay": 1e-4,
+    "schedule.milestones": [56_240, 84_360],
+    "prune.rate": 0.2,
+    "prune.scope": "global",
+    "prune.scale": {"output": 0.0},
 }
 ADAM: Mapping[str, Any] = {**SGD, "train.optimizer": "adam", "train.lr": 3e-4, "train.momentum": 0.0}
 DENSITIES = {0: 1.0, 7: 0.21, 10: 0.107, 14: 0.044, 18: 0.018, 21: 0.0092, 24: 0.0047, 30: 0.0012}

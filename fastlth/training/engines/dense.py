@@ -77,8 +77,10 @@ class DenseEngine:
         )  # fmt: skip
         kept_on = self._device if isinstance(loader, ResidentLoader) else torch.device("cpu")
         self._splits = {
-            name: (s.pixels if s.name else torch.from_numpy(np.asarray(s.pixels)).to(kept_on),
-                   torch.from_numpy(s.labels).to(kept_on))
+            name: (
+                s.pixels if s.name else torch.from_numpy(np.asarray(s.pixels)).to(kept_on),
+                torch.from_numpy(s.labels).to(kept_on),
+            )
             for name, s in splits.items()
         }
         # One row per step since the last evaluation: mean loss, hits, images. Summed in one go when they are

@@ -79,8 +79,11 @@ MODELS = (
 MODEL_ALIASES = {
     **{f"vgg-{n}": f"vgg{n}" for n in (11, 13, 16, 19)}, **{f"resnet{n}": f"resnet-{n}" for n in (8, 20, 32, 56, 18)},
 }  # fmt: skip
-LENETS = "lenet-A-B with hidden layers of A and B units (1 to 9999)"
-"""the family of nets that are known by a name of their own making"""
+OTHER_MODELS = (
+    "lenet-A-B with hidden layers of A and B units (1 to 9999), "
+    "or your own net: package.module:function, torchvision:NAME or timm:NAME"
+)
+OTHER_DATASETS = "your own data: package.module:function or imagefolder:PATH"
 
 # Zhou et al. 2019, by the names of their program; docs/criteria.md has the formulas.
 CRITERIA = (
@@ -109,7 +112,7 @@ def dataset_name(name: str) -> str:
     canonical = DATASET_ALIASES.get(name, name)
     if canonical in DATASETS:
         return canonical
-    return _own("dataset", name, DATASETS)
+    return _own("dataset", name, DATASETS, OTHER_DATASETS)
 
 
 def model_name(name: str) -> str:
@@ -117,7 +120,7 @@ def model_name(name: str) -> str:
     canonical = MODEL_ALIASES.get(name, name)
     if canonical in MODELS or lenet_widths(canonical) is not None:
         return canonical
-    return _own("model", name, MODELS, f", or {LENETS}")
+    return _own("model", name, MODELS, OTHER_MODELS)
 
 
 def lenet_widths(name: str) -> tuple[int, int] | None:
@@ -126,9 +129,9 @@ def lenet_widths(name: str) -> tuple[int, int] | None:
     return None if match is None else (int(match[1]), int(match[2]))
 
 
-def _own(kind: str, name: str, ours: Iterable[str], others: str = "") -> str:
+def _own(kind: str, name: str, ours: Iterable[str], others: str) -> str:
     group = specs.MODELS_GROUP if kind == "model" else specs.DATASETS_GROUP
     found = specs.canonical(name, group)
     if found is None:
-        raise RecipeError(unknown(kind, name, [*ours, *specs.registered(group)]) + others)
+        raise RecipeError(f"{unknown(kind, name, [*ours, *specs.registered(group)])}, or {others}")
     return found

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastlth import toml
-from fastlth.catalogue import DATASETS, LENETS, MODELS
+from fastlth.catalogue import DATASETS, MODELS, OTHER_DATASETS, OTHER_MODELS
 from fastlth.composition import PRESETS, Composed, adjust, compose, parse_setting, preset_table, presets_for
 from fastlth.errors import RecipeError
 from fastlth.recipe import Recipe, exact
@@ -382,10 +382,10 @@ def test_epochs_and_iterations_make_the_same_name():
     ("arguments", "said"),
     [
         (("lenet300-100", "mnist"), "unknown model 'lenet300-100' (did you mean 'lenet-300-100'?); "
-                                    f"choose one of: {', '.join(MODELS)}, or {LENETS}"),
+                                    f"choose one of: {', '.join(MODELS)}, or {OTHER_MODELS}"),
         (("vgg19", "cifar_10"), "unknown dataset 'cifar_10' (did you mean 'cifar-10'?); "
-                                f"choose one of: {', '.join(DATASETS)}"),
-        (("squeezenet", "mnist"), f"unknown model 'squeezenet'; choose one of: {', '.join(MODELS)}, or {LENETS}"),
+                                f"choose one of: {', '.join(DATASETS)}, or {OTHER_DATASETS}"),
+        (("squeezenet", "mnist"), f"unknown model 'squeezenet'; choose one of: {', '.join(MODELS)}, or {OTHER_MODELS}"),
     ],
 )  # fmt: skip
 def test_unknown_models_and_data_sets_get_a_suggestion(arguments, said):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlth import toml
-from fastlth.catalogue import CRITERIA, DATASETS, LENETS, MASK_0, MASK_1, MODELS
+from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, MODELS, OTHER_DATASETS, OTHER_MODELS
 from fastlth.composition import compose, preset_table
 from fastlth.errors import RecipeError
 from fastlth.recipe import FACTS, LAST_ROUND, SECTIONS, STREAMS, Recipe, SeedsSection, TrainSection, exact
@@ -54,13 +54,13 @@ NAN, INF = float("nan"), float("inf")
 
 RULES = [
     ("model__name", "conv-3", "unknown model 'conv-3' (did you mean 'conv-6'?); choose one of: " + ", ".join(MODELS)
-     + f", or {LENETS}"),
+     + f", or {OTHER_MODELS}"),
     ("model__bias_init", "ones", "unknown model.bias_init 'ones'; choose one of: zero, uniform"),
     ("model__dropout", 1.0, "model.dropout must be in [0, 1), the share that is dropped, got 1.0"),
     ("model__dropout", -0.5, "model.dropout must be in [0, 1), the share that is dropped, got -0.5"),
     ("model__dropout", NAN, "model.dropout must be in [0, 1), the share that is dropped, got nan"),
     ("data__name", "cifar-1000", "unknown dataset 'cifar-1000' (did you mean 'cifar-100'?); choose one of: "
-                                 + ", ".join(DATASETS)),
+                                 + ", ".join(DATASETS) + f", or {OTHER_DATASETS}"),
     ("data__validation", 0, "data.validation must leave images to train on and to validate on (1 to 49999), got 0"),
     ("data__validation", -2, "data.validation must leave images to train on and to validate on (1 to 49999), got -2"),
     ("data__validation", 50_000, "data.validation must leave images to train on and to validate on (1 to 49999), "

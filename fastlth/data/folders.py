@@ -23,7 +23,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from fastlth import specs
-from fastlth.data.photos import Photos
+from fastlth.data.photos import Photos, opened
 from fastlth.data.sources import Images, Source
 from fastlth.errors import DataError, EnvironmentFailure
 from fastlth.recipe import DataSection
@@ -166,16 +166,13 @@ def _write(path: Path, files: Sequence[Path], size: int) -> None:
 
 def square(file: Path, size: int) -> NDArray[np.uint8]:
     """The middle of the image in a file: uint8 [size, size, 3]. Raises DataError."""
-    from PIL import Image
+    from PIL.Image import Resampling
 
-    try:
-        with Image.open(file) as opened:
-            opened.draft("RGB", (size, size))  # JPEG: decodes at the smallest scale that is large enough
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} is not an image that can be read ({error}); remove or replace it") from None
+    with opened(file) as stored:
+        stored.draft("RGB", (size, size))  # JPEG: decodes at the smallest scale that is large enough
+        image = stored.convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(n * scale)) for n in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    image = image.resize((width, height), Resampling.BILINEAR).crop((left, top, left + size, top + size))
     return np.asarray(image)

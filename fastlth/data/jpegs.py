@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastlth.data import ffcv
-from fastlth.data.photos import LARGEST, Photos, photo, workers
+from fastlth.data.photos import LARGEST, Photos, opened, photo, workers
 from fastlth.errors import DataError, EnvironmentFailure
 
 if TYPE_CHECKING:
@@ -94,15 +94,10 @@ def _jpegs(photos: Photos, most: int) -> Iterator[Jpeg]:
 
 
 def _jpeg(file: Path, shorter: int, most: int) -> Jpeg:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            kept = image.format == "JPEG" and image.mode in ("RGB", "L") and min(image.size) <= shorter
-            width, height = image.size
+    with opened(file) as image:
+        kept = image.format == "JPEG" and image.mode in ("RGB", "L") and min(image.size) <= shorter
+        width, height = image.size
         data = np.frombuffer(file.read_bytes() if kept else b"", np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} is not an image that can be read ({error}); remove or replace it") from None
     if kept and len(data) <= most and decoded(jpeg := Jpeg(data, width, height)) is not None:
         return jpeg
     scaled, encoded = photo(file, shorter), io.BytesIO()

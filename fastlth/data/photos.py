@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,22 +55,31 @@ def crop(photo: Image, words: Words, size: int) -> NDArray[np.uint8]:
     return square[:, ::-1] if words[3] & 1 else square
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Image]:
+    """The image in a file, not decoded yet. Raises DataError for whatever goes wrong with it, then or later."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} is not an image that can be read ({error}); remove or replace it") from None
+
+
 def photo(file: Path, shorter: int) -> Image:
     """The photograph in a file as RGB, scaled down where its shorter side has more than ``shorter`` pixels.
 
     As everywhere with folders of images, EXIF's orientation is not looked at. Raises DataError.
     """
-    from PIL import Image
+    from PIL.Image import Resampling
 
-    try:
-        with Image.open(file) as opened:
-            scale = min(1.0, shorter / min(opened.size))
-            width, height = (max(1, round(n * scale)) for n in opened.size)
-            opened.draft("RGB", (width, height))  # JPEG: decodes at the smallest scale that is large enough
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} is not an image that can be read ({error}); remove or replace it") from None
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+    with opened(file) as stored:
+        scale = min(1.0, shorter / min(stored.size))
+        width, height = (max(1, round(n * scale)) for n in stored.size)
+        stored.draft("RGB", (width, height))  # JPEG: decodes at the smallest scale that is large enough
+        image = stored.convert("RGB")
+    return image if image.size == (width, height) else image.resize((width, height), Resampling.BILINEAR)
 
 
 class Photos:

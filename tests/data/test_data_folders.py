@@ -15,6 +15,8 @@ from PIL import Image
 from fastlth.composition import adjust, compose
 from fastlth.data import ffcv, folders
 from fastlth.data.augment import resized_crop
+from fastlth.data.folders import square
+from fastlth.data.photos import photo
 from fastlth.data.sources import load_for
 from fastlth.errors import DataError, RecipeError, Stopped
 from fastlth.models import state
@@ -218,6 +220,15 @@ def test_a_file_that_is_no_image_is_named(flowers: Path, cache: Path) -> None:
     with pytest.raises(DataError, match=r"broken.png is not an image that can be read"):
         load_for(recipe_of(flowers).data)
     assert not list(cache.rglob("*.npy")), "nothing half-written stays"
+
+
+@pytest.mark.parametrize("read", [lambda file: square(file, 8), lambda file: photo(file, 8)])
+def test_an_image_of_too_many_pixels_is_named(read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "huge.png"
+    Image.new("RGB", (40, 40)).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
+    with pytest.raises(DataError, match=r"huge.png is not an image that can be read \(Image size"):
+        read(file)
 
 
 def test_a_folders_recipe_can_be_adjusted(flowers: Path) -> None:

@@ -150,7 +150,8 @@ def test_silly_names_are_refused_with_all_that_is_allowed(name):
     said = str(caught.value)
     assert said.startswith(f"unknown model '{name}'") and caught.value.exit_code == 2
     assert all(known in said for known in MODEL_NAMES)
-    assert said.endswith("or lenet-A-B with hidden layers of A and B units (1 to 9999)")
+    assert "or lenet-A-B with hidden layers of A and B units (1 to 9999)" in said
+    assert said.endswith("or your own net: package.module:function, torchvision:NAME or timm:NAME")
 
 
 def test_other_spellings_of_a_name():

@@ -145,12 +145,13 @@ def _style(s: Series) -> dict[str, Any]:
     if look.marker == -1:
         return {"linestyle": "none", "marker": "*", "markersize": 11, "markeredgecolor": PAPER[0],
                 "markeredgewidth": 0.6, "zorder": 6}  # fmt: skip
-    marker = None if look.marker is None else MARKERS[look.marker % len(MARKERS)]
+    again = max(look.colour, 0) // len(PALETTE)  # a colour's second series has other dashes and another marker
+    marker = None if look.marker is None else MARKERS[(look.marker + again) % len(MARKERS)]
     if len(s.points) > MANY_POINTS:
         marker = None
     elif len(s.points) == 1:  # a line of one point is not seen
         marker = marker or MARKERS[0]
-    return {"linestyle": DASHES[look.dash % len(DASHES)] if look.line else "none", "marker": marker,
+    return {"linestyle": DASHES[(look.dash + again) % len(DASHES)] if look.line else "none", "marker": marker,
             "markeredgecolor": PAPER[0], "markeredgewidth": 0.6, "linewidth": 1.0 if look.thin else 1.6}  # fmt: skip
 
 

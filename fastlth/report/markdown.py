@@ -30,8 +30,8 @@ def _item(item: Item, pictures: Sequence[str]) -> str:
         case Curves() | Matrices():
             if item.name not in pictures:
                 return ""
-            return (f"### {item.title}\n\n![{item.title}]({item.name}.png)\n\n{item.caption} "
-                    f"Numbers: [{item.name}.csv]({item.name}.csv)")  # fmt: skip
+            below = f"{item.caption} Numbers: [{item.name}.csv]({item.name}.csv)".strip()
+            return f"### {item.title}\n\n![{item.title}]({item.name}.png)\n\n{below}"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -58,14 +58,16 @@ class Beside:
 def document(figure: Figure, scale: str, lines: Sequence[Line], out: Path, command: str) -> Document:
     """The report of a figure; ``command`` is the one that makes it again."""
     drawn = tuple(draw(figure, picture, lines) for picture in figure.pictures)
+    compared = beside(figure, lines)
+    gains = "Gains are over the dense net of the same panel, the paper's over its own."
     lead = [f"{figure.source}: {figure.what}.", SCALES[scale], *([figure.note] if figure.note else []),
             *left_out(figure, scale)]  # fmt: skip
     return Document(
         f"Reproduction of {figure.name}", tuple(lead),
         (
             Section("Pictures", drawn, "Means over replicates and draws; bands reach from the lowest to the highest."),
-            Section("Beside the paper", _beside_table(beside(figure, lines)),
-                    "Gains are over the dense net of the same panel, the paper's over its own."),
+            Section("Beside the paper", _beside_table(compared),
+                    gains if compared else "No number of the paper is on record for this figure."),
             Section("How it was made", tuple(_made(lines, out))),
             Section("Commands", (Code("This figure", (command,)),)),
         ),
@@ -287,7 +289,7 @@ def _mean(line: Line | None, quantity: str, density: float | None) -> float | No
 
 def _beside_table(rows: Sequence[Beside]) -> tuple[pages.Table, ...]:
     if not rows:
-        return (pages.Table("", ("", ""), (("", "no number of the paper is on record for this"),)),)
+        return ()
     texts = tuple(
         (r.panel, r.line, r.quantity, "" if r.density is None else _percent(r.density), r.paper, r.here or "-")
         for r in rows

@@ -127,6 +127,13 @@ def test_drawing_leaves_matplotlib_as_it_was():
     assert dict(matplotlib.rcParams) == before
 
 
+def test_no_two_of_many_series_look_alike():
+    looks = [draw._style(Series("s", (), Look(colour=i, marker=i))) | {"color": draw._colour(Look(colour=i))}
+             for i in range(20)]  # fmt: skip
+    assert len({(str(s["color"]), str(s["marker"]), str(s["linestyle"])) for s in looks}) == 20
+    assert len({(s["color"], s["marker"]) for s in looks}) == 20, "those without a line, too"
+
+
 def test_same_figure_same_bytes():
     figure = Curves("f", "t", "c", Axis("x", "x"), Axis("y", "y"), (Panel("", (Series("s", (Point(1.0, 1.0),)),)),))
     assert draw.draw(figure) == draw.draw(figure)

@@ -161,13 +161,14 @@ class _Copies:
     def compare(self, round: int) -> dict[str, Any]:
         """Train both copies on a round's mask and go along the line between them: the round's entry in ``--json``."""
         masks, plan, density = self._ticket.mask(round), self._plan, self._ticket.file.density(round)
-        states, scores = [], []
+        states, scores, seconds = [], [], 0.0
         for copy, seed in enumerate(plan.seeds):
             theta, init = self._theta_of(copy)
             recipe = _with_seeds(self._recipe, order=seed, augment=seed, dropout=seed)
             name = copy_name(self._k, seed, whole=plan.whole) + init
             result, state = self._trained(name, round, recipe, masks, theta, first=0 if plan.whole else self._k)
             states.append(state)
+            seconds += result["seconds"]
             scores.append({"seed": seed, "test_accuracy": result["test_accuracy"]})
             self._bench.show(f"round {round}, copy {copy + 1} of 2: test accuracy {result['test_accuracy']:.2%}")
         alphas, errors = self._errors(masks, *states)
@@ -175,7 +176,7 @@ class _Copies:
         self._bench.show(f"round {round}, density {density:.2%}: instability {test:.2%} on test and {train:.2%} on "
                          f"training images; {'stable' if test < STABLE else 'not stable'}")  # fmt: skip
         return {
-            "round": round, "density": density, "copies": scores, "alphas": alphas,
+            "round": round, "density": density, "copies": scores, "seconds": seconds, "alphas": alphas,
             "test_error": errors["test"], "train_error": errors["train"],
             "test_instability": test, "train_instability": train, "stable": test < STABLE,
         }  # fmt: skip

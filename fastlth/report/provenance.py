@@ -100,13 +100,14 @@ def environment(subject: Subject) -> dict[str, str]:
     """What the first replicate ran on, and the others where they differ; empty for an imported ticket."""
     said: dict[str, list[str]] = {}
     for replicate in subject.replicates:
-        for key, value in _machine(replicate.resolved).items():
+        for key, value in machine(replicate.resolved).items():
             if value not in said.setdefault(key, []):
                 said[key].append(value)
     return {key: "; ".join(values) for key, values in said.items()}
 
 
-def _machine(resolved: Mapping[str, Any]) -> dict[str, str]:
+def machine(resolved: Mapping[str, Any]) -> dict[str, str]:
+    """What a run's ``resolved`` says of where and how it was computed, as a person reads it."""
     told = {key: str(resolved[key]) for key in ("device", "precision", "compile", "channels_last", "loader", "engine",
                                                 "threads") if key in resolved}  # fmt: skip
     versions = resolved.get("environment", {})

@@ -13,12 +13,13 @@ from typing import Any
 from fastlth.experiments.figures.declare import Against, Between, Figure, Instability, Over, Picture, Stated, Table
 from fastlth.experiments.figures.scale import Job, left_out, within
 from fastlth.experiments.figures.work import Line, Measured
+from fastlth.experiments.supermasks.run import place
 from fastlth.report import document as pages
 from fastlth.report import provenance, published, subject
 from fastlth.report.curves import low_end
 from fastlth.report.document import Code, Document, Section
 from fastlth.report.figure import Axis, Curves, Look, Panel, Point, Series, summarise
-from fastlth.store.run import parent_folder
+from fastlth.store.run import RECIPE, parent_folder, read_recipe
 
 NEAR = 0.15  # a round stands for a stated density if it is this close to it, relatively
 TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -313,8 +314,10 @@ def _made(lines: Sequence[Line], out: Path) -> Iterable[pages.Table]:
     runs = [parent_folder(out, job.recipe) for job in jobs if job.plan is None]
     if runs:
         known = provenance.environment(subject.read(runs[:1])[0])
-        if known:
-            yield pages.Table("Machine", (), tuple(known.items()))
+    else:
+        known = provenance.machine(read_recipe(place(out, jobs[0].recipe) / RECIPE)[1])
+    if known:
+        yield pages.Table("Machine", (), tuple(known.items()))
 
 
 def _gain(value: float) -> str:

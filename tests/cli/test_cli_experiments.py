@@ -40,7 +40,7 @@ def test_connectivity(run, found):
         "rounds",
     }
     assert set(document["rounds"][0]) == {
-        "round", "density", "copies", "alphas", "test_error", "train_error", "test_instability", "train_instability",
+        "round", "density", "copies", "seconds", "alphas", "test_error", "train_error", "test_instability", "train_instability",
         "stable"}  # fmt: skip
     assert "round 1, copy 2 of 2: test accuracy" in err and "instability" in err
     code, out, err = run("connectivity", found, "--rounds", "1", "--points", "3")

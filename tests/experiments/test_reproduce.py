@@ -209,6 +209,10 @@ def test_smoke(name, out):
         rows = list(csv.DictReader(io.StringIO(to_csv(picture))))
         assert rows and {r["panel"] for r in rows} <= {line.panel for line in lines} | {""}
         assert all(abs(float(r[picture.y.column])) < 1e6 for r in rows)
+    made = next(s for s in page.sections if s.title == "How it was made").items
+    assert [table.title for table in made] == ["", "Machine"] and ("device", "cpu") in made[1].rows
+    for job in {id(line.job): line.job for line in lines}.values():
+        assert sum(m.result.get("seconds", 0) for line in lines if line.job is job for m in line.found) > 0
     for picture in figure.pictures:
         if isinstance(picture, Against):
             curves = reproduced.draw(figure, picture, lines)

@@ -148,7 +148,7 @@ def _supermask(job: Job, plan: Plan, out: Path, data_dir: Path | None, show: Sho
         for recipe in _replicates(job)
     ]
     if plan.method != "one-shot":
-        found = ({"density": d["density"], "test_accuracy": d["test_accuracy"]} for d, _ in documents)
+        found = ({k: d[k] for k in ("density", "test_accuracy", "seconds")} for d, _ in documents)
         return [Line(job, job.arm.label, tuple(Measured(f, s) for f, (_, s) in zip(found, documents, strict=True)))]
     lines = []
     for label, weights_are in ONE_SHOT_LINES.items():
@@ -157,7 +157,9 @@ def _supermask(job: Job, plan: Plan, out: Path, data_dir: Path | None, show: Sho
             for b in (d["best"][weights_are] for d, _ in documents)
         )
         lines.append(Line(job, label, tuple(Measured(f, s) for f, (_, s) in zip(best, documents, strict=True))))
-    trained = ({"density": 1.0, "test_accuracy": d["trained_test_accuracy"]} for d, _ in documents)
+    trained = (
+        {"density": 1.0, "test_accuracy": d["trained_test_accuracy"], "seconds": d["seconds"]} for d, _ in documents
+    )
     whole = tuple(Measured(f, s) for f, (_, s) in zip(trained, documents, strict=True))
     return [*lines, Line(job, "trained", whole)]
 

@@ -79,7 +79,7 @@ def _one_shot(
                                                 lambda: gradients(recipe, images, theta)):  # fmt: skip
         rows.append(one_shot.evaluated(engine, theta, power, masks))
     return {
-        "trained_test_accuracy": result["test_accuracy"],
+        "seconds": result["seconds"], "trained_test_accuracy": result["test_accuracy"],
         "best": {which: one_shot.best(rows, which) for which in ("init", "signed_constant")}, "rows": rows,
     }  # fmt: skip
 

@@ -40,8 +40,8 @@ def test_connectivity(run, found):
         "rounds",
     }
     assert set(document["rounds"][0]) == {
-        "round", "density", "copies", "seconds", "alphas", "test_error", "train_error", "test_instability", "train_instability",
-        "stable"}  # fmt: skip
+        "round", "density", "copies", "seconds", "alphas", "test_error", "train_error", "test_instability",
+        "train_instability", "stable"}  # fmt: skip
     assert "round 1, copy 2 of 2: test accuracy" in err and "instability" in err
     code, out, err = run("connectivity", found, "--rounds", "1", "--points", "3")
     assert code == 0 and out == "" and "from iteration" not in err  # nothing is trained again

@@ -228,14 +228,17 @@ def _instability(lines: Sequence[Line]) -> Curves:
 
 
 def _table(picture: Table, lines: Sequence[Line]) -> Curves:
-    panels = list(dict.fromkeys(line.panel for line in lines))
+    panels, labels = (list(dict.fromkeys(found)) for found in zip(*((n.panel, n.label) for n in lines), strict=True))
+    alone = len(panels) == 1  # then the lines stand side by side, each under its name
     series = []
-    for i, label in enumerate(dict.fromkeys(line.label for line in lines)):
-        found = [(panels.index(line.panel), line) for line in lines if line.label == label]
+    for i, label in enumerate(labels):
+        found = [(i if alone else panels.index(line.panel), line) for line in lines if line.label == label]
         points = (summarise(x, [m.result[picture.quantity] for m in line.found]) for x, line in found)
         look = Look(colour=i, marker=i, line=False)
-        series.append(Series(label, tuple(p for p in points if p is not None), look))
-    x = Axis("net", "net", ticks=tuple(map(float, range(len(panels)))), names=tuple(panels))
+        series.append(Series(label, tuple(p for p in points if p is not None), look, legend=not alone))
+    names = [label.replace(" ", "\n") for label in labels] if alone else panels
+    x = Axis(panels[0] if alone else "net", "place" if alone else "net", ticks=tuple(map(float, range(len(names)))),
+             names=tuple(names))  # fmt: skip
     axis = QUANTITIES[picture.quantity]
     return Curves(f"{picture.quantity.replace('_', '-')}-by-net", axis.label.capitalize(), "", x, axis,
                   (Panel("", tuple(series)),))  # fmt: skip

@@ -57,7 +57,13 @@ def find_ticket(
     rewind_to: Annotated[
         str | None, Opt(help="0, 500it or 1ep: the weights survivors return to; 0,500it,1ep: a search for each.")
     ] = None,
-    early_bird: Annotated[bool, Opt("--early-bird", help="End a round when its mask stands still.")] = False,
+    early_bird: Annotated[
+        bool,
+        Opt(
+            "--early-bird",
+            help="End a round when its mask stands still; takes no value (--set prune.early_bird=0.1 is the same).",
+        ),
+    ] = False,
     device: Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps")] = None,
     precision: Annotated[str | None, Opt(help="auto, fp32 or bf16")] = None,
     compile: Annotated[str | None, Opt(help="auto, on or off: torch.compile")] = None,

@@ -75,7 +75,11 @@ def test_a_killed_worker_and_a_removed_node(cluster, tmp_path):
     def disturb():
         murderer.run()
         time.sleep(1)
-        made.remove_node(nodes[0], allow_graceful=False)
+        import ray
+
+        mine = ray.get_runtime_context().get_node_id()  # Ray may connect this process through any node of the machine
+        gone = next(node for node in nodes if node.node_id != mine)
+        made.remove_node(gone, allow_graceful=False)
 
     thread = threading.Thread(target=disturb, daemon=True)
     thread.start()

@@ -27,8 +27,8 @@ from tests.helpers import (  # fmt: skip
 SETTINGS = {"compute__engine": "graph", "train__batch_size": 48, "train__drop_last": False, "schedule__warmup": 3}
 
 
-def recipes(count: int, **settings):
-    one = small_recipe(**{**SETTINGS, **settings})
+def recipes(count: int, model="lenet-300-100", **settings):
+    one = small_recipe(model, "digits", **{**SETTINGS, **settings})
     return [dataclasses.replace(one, seeds=dataclasses.replace(one.seeds, base=r)) for r in range(count)]
 
 
@@ -59,9 +59,11 @@ def alone(recipe, source, dtype) -> GraphEngine:
     "optimizer", [{"train__optimizer": "adam"}, {"train__optimizer": "sgd", "train__lr": 0.05, "train__momentum": 0.9}]
 )
 @pytest.mark.parametrize(("dtype", "steps", "tolerance"), [(torch.float64, 100, 1e-10), (torch.float32, 10, 1e-4)])
-def test_a_replicate_is_the_run_of_its_seed(optimizer, dtype, steps, tolerance):
+@pytest.mark.parametrize("model", ["lenet-300-100", "conv-2"])
+def test_a_replicate_is_the_run_of_its_seed(model, optimizer, dtype, steps, tolerance):
     source = random_source("digits")
-    some = recipes(3, evaluate__every=100, train__iterations=200, **optimizer)
+    batch = 48 if model == "lenet-300-100" else 12  # 256 images: the last batch of an epoch is smaller
+    some = recipes(3, model, train__batch_size=batch, evaluate__every=100, train__iterations=200, **optimizer)
     fleet = Fleet(some, source, dtype=dtype)
     engines = [alone(r, source, dtype) for r in some]
     masks = [half_masks({n: e.weights()[n] for n in e.prunable}, 0.4, seed=r) for r, e in enumerate(engines)]
@@ -75,8 +77,12 @@ def test_a_replicate_is_the_run_of_its_seed(optimizer, dtype, steps, tolerance):
     chunks = together(fleet.members, lambda m: m.run(0, steps))
     for member, engine, mask, chunk in zip(fleet.members, engines, masks, chunks, strict=True):
         assert chunk == engine.run(0, steps)
-        for n, weight in engine.weights().items():
-            assert_close_by_norm(member.weights()[n], weight, tolerance)
+        if model == "lenet-300-100" or dtype == torch.float64:
+            for n, weight in engine.weights().items():
+                assert_close_by_norm(member.weights()[n], weight, tolerance)
+        else:  # of all values: where a bias has hardly a gradient Adam's first steps follow its last bits
+            assert_close_by_norm(*(torch.cat([t.reshape(-1) for t in e.weights().values()]) for e in (member, engine)),
+                                 tolerance)  # fmt: skip
         if dtype == torch.float32:
             assert_masked(member.weights(), mask)
         for split_name, images in (("validation", None), ("test", None), ("train", 100)):
@@ -84,8 +90,8 @@ def test_a_replicate_is_the_run_of_its_seed(optimizer, dtype, steps, tolerance):
             assert (ours.loss, ours.accuracy) == pytest.approx((theirs.loss, theirs.accuracy), rel=max(tolerance, 1e-6))
         ours, theirs = member.interval(), engine.interval()
         assert (ours.loss, ours.accuracy) == pytest.approx((theirs.loss, theirs.accuracy), rel=max(tolerance, 1e-6))
-    first, second = (m.weights()["fc1.weight"] for m in fleet.members[:2])
-    assert not torch.equal(first, second)
+    for first, second in zip(*(m.weights().values() for m in fleet.members[:2]), strict=True):
+        assert not torch.equal(first, second)
 
 
 def test_chunks_of_any_length_and_states_go_on():
@@ -191,7 +197,14 @@ def test_a_stop_saves_all_and_the_same_command_goes_on(tmp_path):
 
 def test_who_is_trained_as_one():
     assert fleets.unsupported(recipes(1)[0]) is None
-    assert "conv-2" in str(fleets.unsupported(small_recipe("conv-2", "digits")))
+    assert fleets.unsupported(small_recipe("conv-2", "digits")) is None
+    assert fleets.unsupported(small_recipe("lenet-5", "mnist")) is None
+    assert "vgg11 is not a stack" in str(fleets.unsupported(small_recipe("vgg11", "cifar-10", data__augment="none")))
+    normed = small_recipe("conv-2", "digits", model__batch_norm=True)
+    assert "conv-2 is not a stack" in str(fleets.unsupported(normed))
+    assert "not a stack" in str(fleets.unsupported(small_recipe(model__dropout=0.5)))
+    masked = small_recipe("conv-2", "digits", compute__kernels="triton")
+    assert "--kernels triton" in str(fleets.unsupported(masked))
     assert "augment" in str(fleets.unsupported(small_recipe(data__augment="flip-crop")))
     assert "early_bird" in str(fleets.unsupported(small_recipe(prune__early_bird=0.1)))
     assert compute(recipes(1)[0]).engine == "graph"

@@ -21,7 +21,7 @@ SETTINGS = {"compute__engine": "graph", "train__batch_size": 48, "train__iterati
 def test_the_estimate_by_hand(monkeypatch):
     recipe, source = small_recipe(train__optimizer="adam"), random_source("digits", train=320, test=64)
     parameters = 64 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
-    each = parameters * (4 + 8 + 4 + 1 / 8) + 8 * (64 + 300 + 100 + 10) * 384 + 8 * 384
+    each = parameters * (4 + 8 + 4 + 1 / 8) + 8 * (64 + 300 + 300 + 100 + 100 + 10) * 384 + 8 * 384
     shared = 384 * (64 + 8) + 256 * 2**20
     for count in (1, 2, 7, 32):
         enough = (count * each + shared) / room.SHARE
@@ -31,6 +31,11 @@ def test_the_estimate_by_hand(monkeypatch):
     narrow = small_recipe(train__optimizer="sgd", compute__precision="bf16")
     assert room.fits(narrow, source, 10**9) > room.fits(recipe, source, 10**9)
     assert room.free("cpu") is None
+    conv, maps = small_recipe("conv-2", "digits"), 4 * 64 * 64 + 64 * 16  # two convolutions, two ReLUs, a pool
+    each = (64 * 9 + 64 + 64 * 64 * 9 + 64 + 1024 * 256 + 256 + 256 * 256 + 256 + 2570) * (4 + 8 + 4 + 1 / 8)
+    each += 8 * (64 + maps + 4 * 256 + 10) * 384 + 8 * 384
+    assert room.fits(conv, source, int((3 * each + shared) / room.SHARE) + 2) == 3
+    assert room.fits(conv, source, int((3 * each + shared) / room.SHARE) - 2) == 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 10) if device.index == 1 else pytest.fail())
     assert room.free("cuda:1") == 5
 

@@ -1,21 +1,18 @@
-"""The fleet: R replicates of a fully connected net trained as one, by batched products in one graph.
+"""The fleet: R replicates of a small net trained as one batched net, in one graph.
 
 A single LeNet's step is a dozen launches that keep a GPU busy for a microsecond each; R of them take as many launches
 and hardly more time. Each replicate has its own theta0, masks, split and order, by its own seed, and its own engine to
-talk to (``Member``), so that R searches run as R searches do. They go in step: a stretch of steps is made when all
-replicates have asked for it, and ends where the first of them wants to stop.
+talk to (``Member``), so that R searches run as R searches do.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastlth_kernels.bitmask import pack
-from fastlth_kernels.masked_linear import masked_linear
 from torch import Tensor, nn
 
 from fastlth.data.loader import on_device
@@ -24,8 +21,10 @@ from fastlth.data.order import Order, split
 from fastlth.data.sources import Images, Source
 from fastlth.models import build, skeleton
 from fastlth.recipe import Recipe
-from fastlth.training.engines import graph
+from fastlth.training.engines import batched, graph
+from fastlth.training.engines.arena import stored
 from fastlth.training.engines.base import Chunk, Tensors
+from fastlth.training.engines.in_step import InStep
 from fastlth.training.evaluate import Scores
 
 EVALUATION_BATCH = 1000  # images of each replicate
@@ -33,62 +32,34 @@ EVALUATION_BATCH = 1000  # images of each replicate
 
 def unsupported(recipe: Recipe) -> str | None:
     """Why replicates of the recipe cannot be trained as one, as a clause; None if they can."""
-    kinds = [type(m) for m in skeleton(recipe).children()]
-    linear = kinds.count(nn.Linear)
-    if kinds != [nn.Flatten, *[nn.Linear, nn.ReLU] * (linear - 1), nn.Linear]:
-        return f"{recipe.model.name} is not a stack of fully connected layers with ReLU between them"
     if recipe.data.augment != "none":
         return f"data.augment is {recipe.data.augment}"
     if recipe.prune.early_bird:
         return "prune.early_bird ends the rounds of replicates at different times"
-    return graph.unsupported(recipe)
-
-
-class BatchedLinear(nn.Module):
-    """y[r] = x[r] W[r]^T + b[r]: x [R, B, K], y [R, B, N]. With ``bits`` the weights are masked as they are read."""
-
-    def __init__(self, layers: Sequence[nn.Linear], masked: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.stack([m.weight.detach() for m in layers]))
-        self.bias = nn.Parameter(torch.stack([m.bias.detach() for m in layers]))
-        whole = torch.ones(self.weight.shape, dtype=torch.bool)
-        self.register_buffer("bits", pack(whole) if masked else None, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bits is not None:
-            y: Tensor = masked_linear(x, self.weight, self.bits, self.bias)
-            return y
-        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+    return graph.unsupported(recipe) or batched.unsupported(recipe)
 
 
 class Fleet(graph.GraphEngine):
     """``recipes`` differ in their base seed alone, and their compute section is resolved."""
 
     def __init__(self, recipes: Sequence[Recipe], source: Source, *, dtype: torch.dtype = torch.float32) -> None:
-        self._recipes, self._source, count = recipes, source, len(recipes)
+        self._recipes, self._source = recipes, source
+        self.count = count = len(recipes)
         splits = [split(len(source.train.labels), r.data.validation, r.seeds.key("split")) for r in recipes]
         self._own_orders = [Order(len(kept), r.train.batch_size, r.train.drop_last, r.seeds.key("order"))
                             for r, (kept, _) in zip(recipes, splits, strict=True)]  # fmt: skip
         self._kept = np.stack([kept for kept, _ in splits]).astype(np.int32)  # [R, images]: places in the data set
         self._held_out = np.stack([held_out for _, held_out in splits]).astype(np.int32)
-        self.turn = threading.Condition()
-        self._wants: dict[int, list[int]] = {}  # replicate -> [next iteration, end]
-        self._live = set(range(count))
-        self._first_bad: list[int | None] = [None] * count
+        self.in_step = InStep(count, self._make)
+        self.turn = self.in_step.turn
+        self._shapes = {n: p.shape for n, p in skeleton(recipes[0]).named_parameters()}
         self._scores: dict[tuple[str, int | None], list[Scores]] = {}
         super().__init__(recipes[0], self._own_orders[0], {"train": source.train, "test": source.test}, dtype=dtype)
         self.members = [Member(self, r) for r in range(count)]
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         nets = [build(r) for r in self._recipes]
-        masked = self._recipe.compute.kernels == "triton"
-        layers = nn.Sequential()
-        for name, module in nets[0].named_children():
-            if isinstance(module, nn.Linear):
-                layers.add_module(name, BatchedLinear([n.get_submodule(name) for n in nets], masked))  # type: ignore[misc]
-            elif isinstance(module, nn.ReLU):
-                layers.add_module(name, nn.ReLU())
-        return layers.to(self.device, dtype)
+        return batched.batch(nets, self._recipe.compute.kernels == "triton").to(self.device, dtype)
 
     def _load_images(self, splits: dict[str, Images]) -> None:
         """Rows of a replicate's own images in the tensor of all, [R, images] for each split."""
@@ -123,9 +94,11 @@ class Fleet(graph.GraphEngine):
     # The step
 
     def _images_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [R, B] -> images [R, B, K] and labels [R * B]."""
+        """rows [R, B] -> images as the net takes them, and labels [R * B]."""
         images, labels = self._batch(rows.reshape(-1), self._zero, self._zero, "none")
-        return images.reshape(*rows.shape, -1), labels
+        if isinstance(next(self.model.children()), batched.BatchedLinear):
+            return images.reshape(*rows.shape, -1), labels
+        return batched.side_by_side(images, len(rows)), labels
 
     def _train_batch(self, size: int) -> tuple[Tensor, Tensor]:
         index = self._lanes + (self._span[:size] + self._at[graph.ORDER])
@@ -139,59 +112,25 @@ class Fleet(graph.GraphEngine):
         return losses.mean(1), hits.sum(1)
 
     def _forward_each(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images).flatten(0, 1)
+        logits = self.model(images)
+        shape, logits = logits.shape[:2], logits.flatten(0, 1)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        shape = images.shape[:2]
         losses = F.cross_entropy(logits, labels, reduction="none")
         return losses.view(shape), (logits.argmax(1) == labels).view(shape)
 
     # What members ask for
 
-    def run_until(self, replicate: int, first: int, last: int) -> Chunk:
-        """Steps [first, last) of one replicate, made when all others have come to ``first``. If they cannot be made,
-        each replicate gets to know in its turn."""
-        with self.turn:
-            self._wants[replicate] = [first, last]
-            while True:
-                self._go_on()
-                if self._wants[replicate][0] >= last:
-                    break
-                self.turn.wait()
-            del self._wants[replicate]
-            bad, self._first_bad[replicate] = self._first_bad[replicate], None
-            begin, end = (self._order.place(i) for i in (first, last))
-            images = (end[0] - begin[0]) * self._images_per_epoch() + end[1] - begin[1]
-        return Chunk(images, bad)
-
-    def _images_per_epoch(self) -> int:
-        return min(self._order.images, self._order.iterations_per_epoch * self._order.batch_size)
-
-    def _go_on(self) -> None:
-        """Make the steps that all replicates are waiting for, if they are."""
-        waiting = {r: w for r, w in self._wants.items() if w[0] < w[1]}
-        if not waiting or set(waiting) != self._live:
-            return
-        at = {w[0] for w in waiting.values()}
-        assert len(at) == 1, f"replicates are out of step: they are at iterations {sorted(at)}"
-        begin, end = at.pop(), min(w[1] for w in waiting.values())
-        (before,) = {self.members[r].filled for r in waiting}
+    def _make(self, first: int, last: int, who: Collection[int]) -> None:
+        (before,) = {self.members[r].filled for r in who}
         self._filled.fill_(before)
-        self._scores.clear()
-        self.advance(begin, end)
-        bad = (~self._losses[before : before + end - begin].isfinite()).cpu()
-        for r in waiting:
-            if self._first_bad[r] is None and bool(bad[:, r].any()):
-                self._first_bad[r] = begin + int(bad[:, r].nonzero()[0])
-            self._wants[r][0] = end
-            self.members[r].filled = before + end - begin
-        self.turn.notify_all()
+        self.forget_scores()
+        self.advance(first, last)
+        for r in who:
+            self.members[r].filled = int(self._filled)
 
-    def leave(self, replicate: int) -> None:
-        """The others no longer wait for it."""
-        with self.turn:
-            self._live.discard(replicate)
-            self._wants.pop(replicate, None)
-            self.turn.notify_all()  # whoever wakes up first goes on
+    def part(self, name: str, tensor: Tensor, replicate: int) -> Tensor:
+        """A replicate's part of a tensor that lies as the parameter ``name`` does, of its own net's shape."""
+        return tensor.view(self.count, -1, *tensor.shape[1:])[replicate].view(self._shapes[name])
 
     def scores(self, replicate: int, split: str, images: int | None) -> Scores:
         """Of all replicates at once: the others ask for the same, mostly."""
@@ -226,12 +165,12 @@ class Member:
         """steps since the last ``interval`` or rewind"""
 
     def rewind(self, start: Tensors) -> None:
-        fleet, r = self._fleet, self._r
+        fleet = self._fleet
         with fleet.turn, torch.no_grad():
-            for name, weights in fleet.arena.weights.items():
-                weights[r].copy_(start[name])
-            for state in fleet.arena.state.values():
-                (state[r] if state.dim() else state).zero_()
+            for name, weights in self.weights().items():
+                weights.copy_(start[name])
+            for moments in self._optimizer().values():
+                moments.zero_()
             fleet.arena.zero_pruned()
             fleet.forget_scores()
         self.filled = 0
@@ -240,15 +179,21 @@ class Member:
         fleet, r = self._fleet, self._r
         with fleet.turn, torch.no_grad():
             for name, mask in masks.items():
-                words = pack(mask.to(fleet.device))
-                fleet.arena.bits[name][r].copy_(words)
+                words = pack(stored(mask.to(fleet.device)))
+                fleet.arena.bits[name].view(fleet.count, *words.shape)[r].copy_(words)
                 layer = fleet.model.get_submodule(name.removesuffix(".weight"))
-                if isinstance(layer.bits, Tensor):
+                if isinstance(layer, batched.BatchedLinear) and layer.bits is not None:
                     layer.bits[r].copy_(words)
             fleet.arena.zero_pruned()
 
     def run(self, first: int, last: int) -> Chunk:
-        return self._fleet.run_until(self._r, first, last)
+        fleet = self._fleet
+        fleet.in_step.run(self._r, first, last)
+        begin = self.filled - (last - first)
+        with fleet.turn:
+            bad = (~fleet.record["losses"][begin : self.filled, self._r].isfinite()).nonzero()
+            images = int(fleet.record["images"][begin : self.filled].sum())
+        return Chunk(images, first + int(bad[0]) if len(bad) else None)
 
     def interval(self) -> Scores:
         fleet, rows = self._fleet, self.filled
@@ -264,14 +209,19 @@ class Member:
         return self._fleet.scores(self._r, split, images)
 
     def weights(self) -> dict[str, Tensor]:
-        return {n: t[self._r].detach() for n, t in self._fleet.arena.weights.items()}
+        return {n: self._fleet.part(n, t, self._r).detach() for n, t in self._fleet.arena.weights.items()}
+
+    def _optimizer(self) -> dict[str, Tensor]:
+        """By name; Adam's count of steps is that of all."""
+        state = self._fleet.arena.state
+        return {n: self._fleet.part(n.rsplit("/", 1)[0], t, self._r) if t.dim() else t for n, t in state.items()}
 
     def state(self) -> dict[str, Tensor]:
         fleet, r = self._fleet, self._r
         record = {n: t[:, r] if t.dim() > 1 else t for n, t in fleet.record.items()}
         return {
             **{f"model/{n}": t for n, t in self.weights().items()},
-            **{f"optimizer/{n}": t[r] if t.dim() else t for n, t in fleet.arena.state.items()},
+            **{f"optimizer/{n}": t for n, t in self._optimizer().items()},
             **{f"interval/{n}": t for n, t in record.items()}, "interval/filled": torch.tensor(self.filled),
         }  # fmt: skip
 
@@ -288,4 +238,4 @@ class Member:
 
     def __exit__(self, *_: object) -> None:
         """This replicate is over; the others no longer wait for it."""
-        self._fleet.leave(self._r)
+        self._fleet.in_step.leave(self._r)

@@ -227,27 +227,36 @@ class GraphEngine:
 
     def run(self, first: int, last: int) -> Chunk:
         """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""
-        begin = int(self._filled)
-        end = self.advance(first, last)
-        bad = (~self._losses[begin:end].isfinite()).nonzero()  # the one host read of a chunk
-        return Chunk(int(self._images[begin:end].sum()), first + int(bad[0]) if len(bad) else None)
+        self.advance(first, last)
+        return self.chunk(first, last)
 
-    def advance(self, first: int, last: int) -> int:
-        """The steps, and nothing read back. Returns how many rows of the record are filled."""
-        iteration, row = first, int(self._filled)
+    def advance(self, first: int, last: int) -> None:
+        """The steps, and nothing read back."""
         with self._settings():
-            while iteration < last:
-                epoch, position, _ = self._order.place(iteration)
-                self._go_to(iteration, epoch, position, row)
-                stop = min(last, (epoch + 1) * self._order.iterations_per_epoch)
-                for i in range(iteration, stop):
-                    _, start, end = self._order.place(i)
-                    self._images[row] = end - start
-                    self._play(f"train {end - start}", self.train_step, end - start)
-                    row += 1
-                iteration = stop
+            for size in self.ready(first, last):
+                self._play(f"train {size}", self.train_step, size)
+
+    def ready(self, first: int, last: int) -> Iterator[int]:
+        """For each of the steps its batch size, when the counters are those it needs."""
+        iteration, row = first, int(self._filled)
+        while iteration < last:
+            epoch, position, _ = self._order.place(iteration)
+            self._go_to(iteration, epoch, position, row)
+            stop = min(last, (epoch + 1) * self._order.iterations_per_epoch)
+            for i in range(iteration, stop):
+                _, start, end = self._order.place(i)
+                self._images[row] = end - start
+                yield end - start
+                row += 1
+            iteration = stop
         self._filled.fill_(row)
-        return row
+
+    def chunk(self, first: int, last: int) -> Chunk:
+        """What the record says of the steps [first, last), the latest ones: the one host read of a chunk."""
+        end = int(self._filled)
+        begin = end - (last - first)
+        bad = (~self._losses[begin:end].isfinite()).nonzero()
+        return Chunk(int(self._images[begin:end].sum()), first + int(bad[0]) if len(bad) else None)
 
     def _play(self, name: str, step: Callable[[int], object], size: int) -> None:
         graph = self._graphs.get(name)

@@ -2,9 +2,9 @@
 
 A replicate of P parameters that is trained as part of a fleet takes, in bytes,
 
-    P (4 weight + 4 per moment + 4 gradient + 2 bf16 copy + 1/8 mask)  +  8 per unit and image at once  +  4 per image
+    P (4 weight + 4 per moment + 4 gradient + 2 bf16 copy + 1/8 mask)  +  8 per value and image at once  +  4 per image
 
-and the images themselves are there once. An estimate, from above where it is not exact; what still does not fit is
+where the values are those of the image and of every layer's output, and the images themselves are there once. An estimate, from above where it is not exact; what still does not fit is
 found when the fleet is made, and halved.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch import nn
 
 from fastlth.data.sources import Source
 from fastlth.models import skeleton
@@ -26,17 +27,26 @@ SHARE = 0.8  # of what is free: libraries have workspaces, and allocators round 
 
 
 def fits(recipe: Recipe, source: Source, free: int) -> int:
-    """Replicates of a fully connected net that ``free`` bytes hold, at least 1."""
+    """Replicates trained as one net that ``free`` bytes hold, at least 1."""
     train, facts = recipe.train, recipe.data.facts
-    parameters = list(skeleton(recipe).parameters())
+    parameters = sum(p.numel() for p in skeleton(recipe).parameters())
     moments = 2 if train.optimizer != "sgd" else int(train.momentum > 0)
     each = 8 + 4 * moments + (2 if recipe.compute.precision == "bf16" else 0) + 1 / 8
-    units = math.prod(facts.shape) + sum(len(p) for p in parameters if p.dim() == 1)
     images = sum(len(part.labels) for part in (source.train, source.test))
     at_once = max(train.batch_size, min(EVALUATION_BATCH, images))
-    bytes_each = sum(p.numel() for p in parameters) * each + 8 * units * at_once + 4 * 2 * images
+    bytes_each = parameters * each + 8 * _values(recipe) * at_once + 4 * 2 * images
     shared = images * (math.prod(facts.shape) + 8) + graph.ORDER_BYTES
     return max(1, int((SHARE * free - shared) // bytes_each))
+
+
+def _values(recipe: Recipe) -> int:
+    """Of an image and of what every layer makes of it."""
+    counts = [math.prod(recipe.data.facts.shape)]
+    x = torch.empty(1, *recipe.data.facts.shape, device="meta")
+    for module in skeleton(recipe).children():
+        x = module(x)
+        counts.append(0 if isinstance(module, nn.Flatten) else x.numel())
+    return sum(counts)
 
 
 def free(device: str) -> int | None:

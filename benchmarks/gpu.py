@@ -6,6 +6,7 @@
     profile      where the time of one VGG-19 step goes
     lenet        a search of twenty rounds on MNIST, and many replicates in one graph
     vgg          a search of twenty short rounds of VGG-19 on CIFAR-10
+    together     replicates of every net at once: as one net and on streams, beside one alone
 
 Needs this checkout, CUDA PyTorch 2.11 or newer and Triton; ``steps`` also Pillow and torchvision. Where the data are
 not there, images are random. Writes ``DIR/PART.json`` after every row, so that what was measured survives; the same
@@ -195,7 +196,7 @@ def versions() -> dict[str, str | None]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
-    parser.add_argument("part", choices=["kernels", "invariants", "steps", "profile", "lenet", "vgg"])
+    parser.add_argument("part", choices=["kernels", "invariants", "steps", "profile", "lenet", "vgg", "together"])
     parser.add_argument("--out", type=Path, required=True, help="folder for PART.json")
     parser.add_argument("--minutes", type=float, default=7.0, help="begin nothing new after so long")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny sizes: tries the script, no more")

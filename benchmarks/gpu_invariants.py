@@ -23,6 +23,7 @@ from fastlth.training.engines.arena import Arena
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
+from fastlth.training.engines.streams import Streams
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"train.optimizer": "sgd", "train.lr": 0.05, "train.momentum": 0.9, "train.nesterov": True,
@@ -47,6 +48,7 @@ def measure(ledger: Ledger) -> None:
     _smaller(ledger)
     _no_waiting(ledger)
     _same_bits(ledger)
+    _streams(ledger)
     _loaders(ledger)
     with _whole_fp32():
         _against(ledger, "graph and dense", {"engine": "dense"})
@@ -167,7 +169,7 @@ def _no_waiting(ledger: Ledger) -> None:
     engine, _ = _begun(one, source)
     assert isinstance(engine, GraphEngine)
     waited = 0
-    with engine._settings():
+    with engine.settings():
         engine._go_to(0, 0, 0, 0)
         if not ledger.dry:
             torch.cuda.set_sync_debug_mode("error")
@@ -196,6 +198,20 @@ def _same_bits(ledger: Ledger) -> None:
     ledger.check("tensors that differ after a resume", _different(whole.state(), rest.state()), 0)
     scores = [engine.evaluate("validation") for engine in (whole, again)]
     ledger.check("scores that differ", float(scores[0] != scores[1]), 0)
+
+
+def _streams(ledger: Ledger) -> None:
+    """Three replicates on streams of one graph beside their single runs."""
+    one, source = _conv(ledger, engine="graph", precision="bf16", deterministic=True)
+    some = [replace(one, seeds=replace(one.seeds, base=r)) for r in range(3)]
+    made = Streams(some, source)
+    made.advance(0, 12)
+    wrong = 0
+    for each, member in zip(some, made.members, strict=True):
+        single = make_engine(each, source)
+        single.run(0, 12)
+        wrong += _different(single.state(), member.state())
+    ledger.check("tensors of replicates on streams that differ from their single runs'", wrong, 0)
 
 
 def _loaders(ledger: Ledger) -> None:

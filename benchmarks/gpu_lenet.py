@@ -14,7 +14,7 @@ from benchmarks.gpu_subject import recipe, source, wait, with_compute
 from fastlth.data.sources import Source
 from fastlth.recipe import Recipe
 from fastlth.search import RoundFinished, find_tickets
-from fastlth.training.engines.fleet import Fleet, Member
+from fastlth.training.engines.fleet import Fleet, FleetMember
 
 ITERATIONS = 5_000  # of 50,000 in the paper
 REPLICATES = (1, 8, 32, 128)
@@ -53,7 +53,7 @@ def _steps(ledger: Ledger, one: Recipe, images: Source, count: int) -> None:
         return
     every, seconds = one.evaluate.every, []
     for turn in range(ledger.rounds + 2):
-        fleet._filled.zero_()
+        fleet.forget()
         wait(ledger.device)
         began = time.perf_counter()
         fleet.advance(0, every)
@@ -78,7 +78,7 @@ def _searches(ledger: Ledger, one: Recipe, images: Source, kind: str, count: int
     fleet, began = Fleet(recipes, images), time.perf_counter()
     out_of_time = False
 
-    def run(r: int, member: Member) -> list[float]:
+    def run(r: int, member: FleetMember) -> list[float]:
         nonlocal out_of_time
         accuracies = []
         with member:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import gc
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,9 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-
-from fastlth import sinks
+from fastlth import sinks, together
 from fastlth.analysis import collapses, layer_records, net_units, replicate_overlap
 from fastlth.composition import with_own
 from fastlth.data.sources import Source, load_for
@@ -35,21 +32,20 @@ from fastlth.pruning.criteria import SIGN_TESTS
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.saving import Saver
 from fastlth.search import Event, InRound, RoundFinished, RoundStarted, Said, find_tickets, over, winning_round
-from fastlth.side_by_side import cores, side_by_side
+from fastlth.side_by_side import side_by_side
 from fastlth.store import ticket as tickets
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training import faults
-from fastlth.training.engines import fleet, room
-from fastlth.training.engines.base import Engine
-from fastlth.training.engines.fleet import Member
+from fastlth.training.engines.base import Engine, Member
 from fastlth.training.engines.make import make_engine
 from fastlth.training.kept import check as check_kept
 from fastlth.training.parallel import lead
 from fastlth.training.parallel import team as parallel
 from fastlth.training.parallel.team import Team
 from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
+from fastlth.training.schedule import next_evaluation
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
 
@@ -91,6 +87,7 @@ class Beside:
     event: Happening
 
 
+Answer = TypeVar("Answer")
 Tell = Callable[[Happening], None]
 Show = Callable[[Happening | Beside], None]
 
@@ -166,9 +163,8 @@ def run(
 ) -> Search:  # fmt: skip
     """Find tickets, or go on where an earlier call with the same recipe stopped; like the command.
 
-    Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory. Where the sparse engine
-    trains, as many of them run side by side as there are processors, each on one thread; where the graph engine trains
-    a fully connected net, as many as memory holds are trained as one. ``log`` names further
+    Replicate r is the search of seed ``recipe.seeds.base + r``, with its own run directory; several are trained at
+    once where that is faster (``together.py``). ``log`` names further
     places for the metrics, of ``sinks.SINKS``. ``stopped`` is asked at every safe point, twice a second or after each
     step where one takes longer; if it returns a signal number, the state is saved and Stopped is raised.
     ``resolved``, another run's, is what ``auto`` becomes where a run has not settled that yet. ``model`` and ``data``
@@ -185,7 +181,7 @@ def run(
             opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
         ]
         many = replicates > 1 and team is None
-        together = _together(directories, source, resolved) if many else 1
+        workers = together.threads(directories, source, resolved) if many else 1
 
         def task(r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
             settled = next((d.resolved for d in directories if d.resolved), resolved)
@@ -207,75 +203,18 @@ def run(
             return dict(zip(numbers, ended, strict=True))
 
         done: dict[int, Replicate] = {}
-        if together > 1:
-            done = at_once(dict.fromkeys(range(replicates)), together)
-        elif many:
-            for members in _fleets(directories, source, resolved, show):
+        if workers > 1:
+            done = at_once(dict.fromkeys(range(replicates)), workers)
+        elif many and (todo := together.candidates(directories)):
+            first = directories[todo[0]]
+            compute, _, _ = _settle(first, first.recipe, source, resolved)
+            for members in together.groups(directories, todo, compute, source, lambda text: show(Notice(text))):
                 done |= at_once(members, len(members))
-                members.clear()  # nothing may hold this fleet's memory when the next is made
+                members.clear()  # nothing may hold this group's memory when the next is made
         for r in range(replicates):
             if r not in done:
                 done[r] = task(r, None, show, stopped)
         return Search(recipe, tuple(done[r] for r in range(replicates)))
-
-
-def _together(directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None) -> int:
-    """How many replicates run side by side; settles what ``auto`` becomes, with one thread for each of them."""
-    todo = [d for d in directories if (ticket := d.ticket(theta0)) is None or not over(d.recipe, ticket.rounds)]
-    if len(todo) < 2 or device(todo[0].recipe.compute.device) != "cpu" or engine(todo[0].recipe) in ("dense", "graph"):
-        return 1
-    if resolved is None and all(d.resolved is None for d in directories):
-        recipe = todo[0].recipe
-        threads = recipe.compute.threads or 1
-        narrow = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, threads=threads))
-        choice = resolve(narrow, lambda candidate: make_engine(candidate, source))
-        if choice.compute.engine == "sparse":
-            todo[0].write_recipe(recipe, {**choice.to_dict(), "environment": environment(choice.compute)})
-    resolved = next((d.resolved for d in directories if d.resolved), resolved)
-    if resolved is None or resolved["engine"] != "sparse":
-        return 1
-    return min(len(todo), max(1, cores() // int(resolved["threads"])))
-
-
-def _fleets(
-    directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None, show: Show
-) -> Iterator[dict[int, Member]]:
-    """Engines of replicates that are trained as one, by their number, one group after the other: those still to be
-    done, where the graph engine trains them and they can be batched; as many at a time as are at the same step (one
-    that was killed may be behind) and as memory holds. Whoever is in no group is alone."""
-    saved = [(d.ticket(theta0), d.state()) for d in directories]
-    recipe = directories[0].recipe
-    todo = [r for r, (ticket, _) in enumerate(saved) if ticket is None or not over(recipe, ticket.rounds)]
-    where = device(recipe.compute.device)
-    asked = recipe.compute.engine == "graph" or (recipe.compute.engine == "auto" and where.startswith("cuda"))
-    if len(todo) < 2 or not asked or fleet.unsupported(recipe):
-        return
-    places: dict[tuple[int, int], list[int]] = {}
-    for r in todo:
-        ticket, state = saved[r]
-        at = len(ticket.rounds) if ticket else 0, state.info["progress"]["iteration"] if state else 0
-        places.setdefault(at, []).append(r)
-    compute, _, _ = _settle(directories[todo[0]], directories[todo[0]].recipe, source, resolved)
-    if compute.engine != "graph":
-        return
-    free = room.free(compute.device)
-    settled = dataclasses.replace(recipe, compute=compute)
-    most = len(todo) if free is None else room.fits(settled, source, free)
-    groups = [group for same in places.values() for group in room.groups(same, most)]
-    while groups:
-        group, made = groups.pop(0), None
-        gc.collect()  # the fleet before: it and its members know each other
-        if len(group) == 1:
-            continue
-        try:
-            made = fleet.Fleet([dataclasses.replace(directories[r].recipe, compute=compute) for r in group], source)
-        except torch.OutOfMemoryError:
-            half = -(-len(group) // 2)
-            groups = room.groups(group, half) + groups
-            show(Notice(f"{compute.device} has not memory enough for {len(group)} replicates as one: "
-                        f"{half} are trained at a time"))  # fmt: skip
-        if made is not None:
-            yield dict(zip(group, made.members, strict=True))
 
 
 def in_one_step(recipe: Recipe, density: float) -> Recipe:
@@ -319,6 +258,7 @@ def check(recipe: Recipe, team: Team | None = None) -> None:
     engine(recipe)
     swap(skeleton(recipe), recipe.compute.shifted)
     check_kept(recipe)
+    together.check(recipe)
 
 
 def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None) -> Path:
@@ -358,7 +298,7 @@ def resume(
 def _run_one(
     directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, replicate: tuple[int, int],
     log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
-    member: Engine | None = None, team: Team | None = None,
+    member: Member | None = None, team: Team | None = None,
 ) -> Replicate:  # fmt: skip
     ticket, state = directory.ticket(theta0), directory.state()
     rounds = ticket.rounds if ticket else ()
@@ -367,7 +307,9 @@ def _run_one(
             directory.drop_state()  # killed after the last round was saved, before its state was removed
         return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
     compute, moved, measured = _settle(directory, recipe, source, resolved, team)
-    made = member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
+    made: Engine | None = (
+        member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
+    )
     show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
     with (
         MetricsFile(directory.metrics_path) as metrics,
@@ -378,6 +320,7 @@ def _run_one(
     ):  # fmt: skip
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
         collapsed: set[str] = set()
+        agreed, last = member.in_step.agreed if member else _alone, recipe.train.iterations
         for event in find_tickets(recipe, source, compute, ticket=ticket, state=state, engine=made):
             if line := record(event):
                 metrics.write(line)
@@ -389,12 +332,15 @@ def _run_one(
                     show(Notice(f"warning: in round {event.round} {layer} {found[layer]}"))
                 collapsed |= found.keys()
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
-                if number := stopped():
+                place = event.round, event.event.iteration
+                if member is not None and place[1] != next_evaluation(place[1] - 1, recipe.evaluate.every, last):
+                    continue  # the others may not come by here
+                if number := agreed(place, "stop", stopped):
                     saver.state(event)
                     one = " (this replicate; the same command as before: all)" if replicate[1] > 1 else ""
                     command = _resume_command(directory, data_dir, log)
                     raise Stopped(f"stopped and saved; go on with{one}: {command}", number)
-                if saver.due():
+                if agreed(place, "save", saver.due):
                     saver.state(event)
             elif isinstance(event, RoundFinished):
                 ticket, k = event.ticket, event.round
@@ -405,6 +351,11 @@ def _run_one(
                 saver.round(event)
                 rounds = ticket.rounds
     return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
+
+
+def _alone(_place: tuple[int, int], _question: str, ask: Callable[[], Answer]) -> Answer:
+    """A replicate that need not agree with others."""
+    return ask()
 
 
 def _resume_command(directory: Run, data_dir: str | Path | None, log: Sequence[str]) -> str:

@@ -122,6 +122,8 @@ class View:
         how += [f"{compute.threads} thread{'s' if compute.threads > 1 else ''}"] if compute.device == "cpu" else []
         if compute.engine == "sparse":
             how += [f"kept weights alone at density {compute.break_even:g} and below"]
+        if event.replicate[1] > 1 and compute.together in ("batched", "streams"):
+            how += ["replicates as one net" if compute.together == "batched" else "replicates side by side"]
         if compute.engine == "graph" and compute.compact > 0:
             how += [f"smaller nets where {compute.compact:.0%} of the work is left or less"]
         if compute.shifted and compute.shifted != ("auto",):

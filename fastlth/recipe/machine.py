@@ -39,6 +39,9 @@ class ComputeSection:
     compact: float = -1.0
     """share of a net's multiplications at or below which the graph engine trains a round as the smaller net without
     units that it does not need; 0: never; -1: measured on CUDA, else never"""
+    together: str = "auto"
+    """how the graph engine trains replicates: batched (as one net), streams (side by side in one graph), alone (one
+    after the other; on a CPU of any engine) or auto: measured on CUDA, else batched where it can be"""
     kept: dict[str, float] = field(default_factory=dict, hash=False)
     """layer -> density at or below which the dense engine runs it from its kept weights alone on a CPU (fc1 = 0.3);
     empty with engine auto: measured"""
@@ -55,6 +58,7 @@ class ComputeSection:
                "be in 0 to 1, or -1 to have it measured", self.break_even)  # fmt: skip
         check("compute.compact", self.compact == -1 or 0 <= self.compact <= 1,
                "be in 0 to 1, or -1 to have it measured", self.compact)  # fmt: skip
+        choice("compute.together", self.together, ("auto", "alone", "batched", "streams"))
         choice("compute.kernels", self.kernels, ("auto", "torch", "triton"))
         check("compute.threads", 0 <= self.threads <= 4096, "be in 0 to 4096", self.threads)
         object.__setattr__(self, "shifted", tuple(self.shifted))  # read back as a list

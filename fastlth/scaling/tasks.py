@@ -13,9 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from fastlth.experiments.figures.declare import Branched, Carried, Copied, Follow
 from fastlth.experiments.figures.scale import Job
 from fastlth.experiments.figures.work import NEEDS_DENSE, Training, follow_trainings, trainings
+from fastlth.models import skeleton
 from fastlth.recipe import Recipe
 from fastlth.store.run import parent_folder
 from fastlth.training import resolve
@@ -63,9 +66,10 @@ class Worker:
         return self.cores if resolve.engine(on_cpu) in ("auto", "sparse") else 1
 
     def replicates(self, recipe: Recipe) -> int:
-        """Replicates of one search that a task takes: those that run side by side, or that a GPU trains as one."""
+        """Replicates of one search that a task takes: those that run side by side, or that a GPU trains as one. Of
+        nets with convolutions one, which has work enough for a GPU."""
         if self._on_gpu(recipe) and recipe.compute.engine in ("auto", "graph") and not fleet.unsupported(recipe):
-            return FLEET
+            return 1 if any(isinstance(m, nn.Conv2d) for m in skeleton(recipe).modules()) else FLEET
         return self.together(recipe)
 
     def _on_gpu(self, recipe: Recipe) -> bool:

@@ -59,7 +59,8 @@ def test_a_variant_that_fails_is_named_and_the_others_are_timed(tmp_path):
 
 
 PARTS = {"invariants": None, "steps": {"peak", "step", "smaller nets"}, "profile": {"profile"},
-         "lenet": {"replicates", "round", "search", "searches"}, "vgg": {"round", "search"}}  # fmt: skip
+         "lenet": {"replicates", "round", "search", "searches"}, "vgg": {"round", "search"},
+         "together": {"together"}}  # fmt: skip
 
 
 @pytest.mark.slow

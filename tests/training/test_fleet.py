@@ -184,7 +184,7 @@ def test_a_stop_saves_all_and_the_same_command_goes_on(tmp_path):
 
     def stop():
         asked.append(1)
-        return 15 if len(asked) > 12 else None
+        return 15 if len(asked) > 5 else None
 
     with pytest.raises(fastlth.errors.Stopped):
         fastlth.run(recipe, out=tmp_path / "cut", replicates=2, stopped=stop)

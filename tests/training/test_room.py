@@ -73,8 +73,8 @@ def test_replicates_that_do_not_fit_are_trained_in_groups(tmp_path, monkeypatch)
 
     search = fastlth.run(recipe, out=tmp_path / "five", replicates=5, show=show)
     assert made == [[0, 1], [3, 4]]
-    assert told == ["cpu has not memory enough for 5 replicates as one: 3 are trained at a time",
-                    "cpu has not memory enough for 3 replicates as one: 2 are trained at a time"]  # fmt: skip
+    assert told == ["cpu has not memory enough for 5 replicates at once: 3 are trained at a time",
+                    "cpu has not memory enough for 3 replicates at once: 2 are trained at a time"]  # fmt: skip
     assert beside == {(r, r) for r in (0, 1, 3, 4)}
     assert [r.seed for r in search.replicates] == [0, 1, 2, 3, 4]
     monkeypatch.undo()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
+from fastlth.training.engines.in_step import InStep
 from fastlth.training.evaluate import Scores
 
 Tensors = Mapping[str, Tensor]
@@ -67,3 +68,16 @@ class Engine(Protocol):
 
     def load_state(self, state: Tensors) -> None:
         """The inverse of ``state``, copied in place."""
+
+
+class Member(Engine, Protocol):
+    """The engine of one of several replicates that are trained at once: each by a thread of its own, with the engine
+    as its context, whose end tells the others that they need not wait for it."""
+
+    @property
+    def in_step(self) -> InStep:
+        """What keeps the replicates together."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...

@@ -1,8 +1,14 @@
-"""The graphs of a graph engine: warmed up, captured once, and everything put back as it was before."""
+"""The graphs of one graph engine, or of several side by side: warmed up, captured once, and everything put back as it
+was before.
+
+Several engines share the graph of a step: it forks into a stream for each of them and joins again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,25 +24,45 @@ WARM_UP = 3  # calls before a capture: kernels are compiled and algorithms picke
 Replay = Callable[[], object]
 
 
-def capture(engine: GraphEngine) -> dict[str, Replay]:
-    """Graphs by name: "train N" for each batch size, and "evaluate". Leaves the engine's tensors as it found them.
+@dataclass(frozen=True)
+class Captured:
+    """What was captured of some engines."""
+
+    steps: dict[int, Replay]
+    """batch size -> a step of all of them"""
+    evaluations: list[Replay]
+    """of each, a step of its evaluation"""
+
+
+def capture(engines: Sequence[GraphEngine]) -> Captured:
+    """Leaves the tensors of ``engines``, which are on one device and of one recipe but for seeds, as it found them.
 
     Where memory is short the evaluation batch is halved until it fits, and ``engine.said`` tells so. Raises
     torch.OutOfMemoryError where a training step does not fit.
     """
-    before = [tensor.clone() for tensor in engine.changing()]
-    place = (torch.cuda.graph_pool_handle(), torch.cuda.Stream(engine.device))  # type: ignore[no-untyped-call]
+    device, pool = engines[0].device, torch.cuda.graph_pool_handle()
+    stream, *lanes = (torch.cuda.Stream(device) for _ in range(1 + len(engines)))  # type: ignore[no-untyped-call]
+    lanes = lanes if len(engines) > 1 else [stream]
+    with _as_before(engines):
+        steps = {size: _training(engines, size, pool, stream, lanes) for size in engines[0].batch_sizes}
+        for engine in engines:
+            engine.net.eval()
+        evaluations = [fit_evaluation(e, lambda e=e: _evaluation(e, pool, stream)) for e in engines]  # type: ignore[misc]
+    torch.cuda.synchronize(device)
+    return Captured(steps, evaluations)
+
+
+@contextmanager
+def _as_before(engines: Sequence[GraphEngine]) -> Iterator[None]:
+    before = [(tensor, tensor.clone()) for engine in engines for tensor in engine.changing()]
     try:
-        graphs = {f"train {size}": _training(engine, size, *place) for size in engine.batch_sizes}
-        engine.net.eval()
-        graphs["evaluate"] = fit_evaluation(engine, lambda: _evaluation(engine, *place))
+        yield
     finally:
-        engine.net.train()
+        for engine in engines:
+            engine.net.train()
         with torch.no_grad():
-            for tensor, value in zip(engine.changing(), before, strict=True):
+            for tensor, value in before:
                 tensor.copy_(value)
-    torch.cuda.synchronize(engine.device)
-    return graphs
 
 
 def fit_evaluation(engine: GraphEngine, attempt: Callable[[], Replay]) -> Replay:
@@ -56,16 +82,28 @@ def fit_evaluation(engine: GraphEngine, attempt: Callable[[], Replay]) -> Replay
         torch.cuda.empty_cache()
 
 
-def _training(engine: GraphEngine, size: int, pool: Any, stream: torch.cuda.Stream) -> Replay:
-    gradients = _warmed(engine, lambda: engine.train_step(size), stream)
+def _training(
+    engines: Sequence[GraphEngine], size: int, pool: Any, stream: torch.cuda.Stream, lanes: Sequence[torch.cuda.Stream]
+) -> Replay:
     # The step in the graph reads its gradients' addresses from a table, which is written once they are known.
-    where = StepTable(*(tensor.clone() for tensor in engine.arena.table(gradients)))
-    del gradients
+    tables, gradients = [], []
+    for engine, lane in zip(engines, lanes, strict=True):
+        warm = _warmed(engine, lambda engine=engine: engine.train_step(size), lane)  # type: ignore[misc]
+        tables.append(StepTable(*(tensor.clone() for tensor in engine.arena.table(warm))))
+        del warm
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
-        gradients = engine.train_step(size, where)
-    where.pointers.copy_(engine.arena.table(gradients).pointers)
-    return _Graph(graph, gradients, where)
+        for engine, lane, table in zip(engines, lanes, tables, strict=True):
+            if lane is not stream:
+                lane.wait_stream(stream)  # the fork: nothing is on ``stream`` but the graph's beginning
+            with torch.cuda.stream(lane):
+                gradients.append(engine.train_step(size, table))
+        for lane in lanes:
+            if lane is not stream:
+                stream.wait_stream(lane)
+    for engine, found, table in zip(engines, gradients, tables, strict=True):
+        table.pointers.copy_(engine.arena.table(found).pointers)
+    return _Graph(graph, gradients, tables)
 
 
 def _evaluation(engine: GraphEngine, pool: Any, stream: torch.cuda.Stream) -> Replay:

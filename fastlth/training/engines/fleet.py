@@ -2,7 +2,7 @@
 
 A single LeNet's step is a dozen launches that keep a GPU busy for a microsecond each; R of them take as many launches
 and hardly more time. Each replicate has its own theta0, masks, split and order, by its own seed, and its own engine to
-talk to (``Member``), so that R searches run as R searches do.
+talk to (``FleetMember``), so that R searches run as R searches do.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Fleet(graph.GraphEngine):
         self._shapes = {n: p.shape for n, p in skeleton(recipes[0]).named_parameters()}
         self._scores: dict[tuple[str, int | None], list[Scores]] = {}
         super().__init__(recipes[0], self._own_orders[0], {"train": source.train, "test": source.test}, dtype=dtype)
-        self.members = [Member(self, r) for r in range(count)]
+        self.members = [FleetMember(self, r) for r in range(count)]
 
     def _build(self, dtype: torch.dtype) -> nn.Module:
         nets = [build(r) for r in self._recipes]
@@ -152,13 +152,13 @@ class Fleet(graph.GraphEngine):
         return [Scores(loss / count, hits / count) for loss, hits in self._totals.T.tolist()]
 
 
-class Member:
+class FleetMember:
     """One replicate as an engine of its own."""
 
     name = "graph"
 
     def __init__(self, fleet: Fleet, replicate: int) -> None:
-        self._fleet, self._r = fleet, replicate
+        self._fleet, self._r, self.in_step = fleet, replicate, fleet.in_step
         self.weight_names, self.prunable, self.layers = fleet.weight_names, fleet.prunable, fleet.layers
         self.said = fleet.said if replicate == 0 else []
         self.filled = 0
@@ -188,7 +188,7 @@ class Member:
 
     def run(self, first: int, last: int) -> Chunk:
         fleet = self._fleet
-        fleet.in_step.run(self._r, first, last)
+        self.in_step.run(self._r, first, last)
         begin = self.filled - (last - first)
         with fleet.turn:
             bad = (~fleet.record["losses"][begin : self.filled, self._r].isfinite()).nonzero()
@@ -233,9 +233,9 @@ class Member:
             self._fleet.forget_scores()
         self.filled = int(state["interval/filled"])
 
-    def __enter__(self) -> Member:
+    def __enter__(self) -> FleetMember:
         return self
 
     def __exit__(self, *_: object) -> None:
         """This replicate is over; the others no longer wait for it."""
-        self._fleet.in_step.leave(self._r)
+        self.in_step.leave(self._r)

@@ -104,8 +104,9 @@ class GraphEngine:
             return {}
         from fastlth.training.engines.capture import capture
 
-        with self._settings(), torch.enable_grad():
-            return capture(self)
+        with self.settings(), torch.enable_grad():
+            found = capture([self])
+        return {**{f"train {size}": step for size, step in found.steps.items()}, "evaluate": found.evaluations[0]}
 
     @property
     def layers(self) -> dict[str, str]:
@@ -155,7 +156,8 @@ class GraphEngine:
         self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
 
     @contextmanager
-    def _settings(self) -> Iterator[None]:
+    def settings(self) -> Iterator[None]:
+        """What has to be in force while steps are made."""
         compute = self._recipe.compute
         with host.settings(compute.threads), host.algorithms(self.device, deterministic=compute.deterministic):
             yield
@@ -232,7 +234,7 @@ class GraphEngine:
 
     def advance(self, first: int, last: int) -> None:
         """The steps, and nothing read back."""
-        with self._settings():
+        with self.settings():
             for size in self.ready(first, last):
                 self._play(f"train {size}", self.train_step, size)
 
@@ -282,8 +284,12 @@ class GraphEngine:
         images = self._images[:rows]
         total = max(int(images.sum()), 1)
         loss = float((self._losses[:rows].cpu().double() * images).sum()) / total
-        self._filled.zero_()
+        self.forget()
         return Scores(loss, int(self._hits[:rows].sum()) / total)
+
+    def forget(self) -> None:
+        """The record of steps begins anew."""
+        self._filled.zero_()
 
     def evaluate(self, split: str, images: int | None = None) -> Scores:
         count = self._accumulate(split, images)
@@ -295,7 +301,7 @@ class GraphEngine:
         count = len(range(self._sizes[split])[:images])
         begin = self._begins[split]
         self.net.eval()
-        with self._settings():
+        with self.settings():
             self._window.copy_(on_device(torch.tensor([begin, begin + count]), self.device))
             self._totals.zero_()
             for done in range(0, count, self.evaluation_batch):

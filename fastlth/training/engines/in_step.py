@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
+Answer = TypeVar("Answer")
 Make = Callable[[int, int, Collection[int]], None]
 """makes the steps [first, last) of all; the replicates that wait for them are named"""
 
@@ -21,6 +23,7 @@ class InStep:
         self._make = make
         self._wants: dict[int, list[int]] = {}  # replicate -> [next iteration, end]
         self._live = set(range(count))
+        self._place, self._answers = (-1, -1), dict[str, Any]()
 
     def run(self, replicate: int, first: int, last: int) -> None:
         """Returns when the steps [first, last) of ``replicate`` are made, with ``turn`` held meanwhile. If they cannot
@@ -33,6 +36,17 @@ class InStep:
                     break
                 self.turn.wait()
             del self._wants[replicate]
+
+    def agreed(self, place: tuple[int, int], question: str, ask: Callable[[], Answer]) -> Answer:
+        """What ``ask`` says at a place (round, iteration) that all replicates come to: the answer that the first of
+        them got is everyone's. Those who stop or save together go on together."""
+        with self.turn:
+            if place != self._place:  # nobody gets here before all others have left the place before
+                self._place, self._answers = place, {}
+            if question not in self._answers:
+                self._answers[question] = ask()
+            answer: Answer = self._answers[question]
+            return answer
 
     def leave(self, replicate: int) -> None:
         """The others no longer wait for it."""

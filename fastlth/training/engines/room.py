@@ -4,14 +4,15 @@ A replicate of P parameters that is trained as part of a fleet takes, in bytes,
 
     P (4 weight + 4 per moment + 4 gradient + 2 bf16 copy + 1/8 mask)  +  8 per value and image at once  +  4 per image
 
-where the values are those of the image and of every layer's output, and the images themselves are there once. An estimate, from above where it is not exact; what still does not fit is
-found when the fleet is made, and halved.
+where the values are those of the image and of every layer's output, and the images themselves are there once. An
+estimate, from above where it is not exact; what still does not fit is found when the fleet is made, and halved.
 """
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -37,6 +38,15 @@ def fits(recipe: Recipe, source: Source, free: int) -> int:
     bytes_each = parameters * each + 8 * _values(recipe) * at_once + 4 * 2 * images
     shared = images * (math.prod(facts.shape) + 8) + graph.ORDER_BYTES
     return max(1, int((SHARE * free - shared) // bytes_each))
+
+
+def measured(make: Callable[[], object], device: str, before: int) -> int:
+    """How many of what ``make`` makes the ``before`` free bytes of a device hold, at least 1: by making one."""
+    one = make()
+    taken = before - (free(device) or 0)
+    del one
+    gc.collect()
+    return max(1, int(SHARE * before // max(taken, 1)))
 
 
 def _values(recipe: Recipe) -> int:

@@ -1,0 +1,206 @@
+"""Replicates at once: which of them, in which way, and how many at a time.
+
+    threads    the sparse engine on a CPU: one thread each, as many as there are processors
+    batched    the graph engine: one batched net (``engines/fleet.py``)
+    streams    the graph engine: a stream each in one graph (``engines/streams.py``)
+    alone      one after the other
+
+Where ``compute.together`` is auto, a GPU is asked which of the last three is fastest. The answer is written beside what
+else was resolved, so that a search that goes on does so in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastlth.data.sources import Source
+from fastlth.errors import RecipeError
+from fastlth.recipe import ComputeSection, Recipe
+from fastlth.search import over
+from fastlth.side_by_side import cores
+from fastlth.store.run import Run
+from fastlth.tickets import theta0
+from fastlth.training.engines import fleet, room, streams
+from fastlth.training.engines.base import Member
+from fastlth.training.engines.fleet import Fleet
+from fastlth.training.engines.graph import GraphEngine
+from fastlth.training.engines.make import make_engine
+from fastlth.training.engines.streams import Streams
+from fastlth.training.resolve import device, engine, environment, resolve
+
+UNSUPPORTED = {"batched": fleet.unsupported, "streams": streams.unsupported}
+GAIN = 1.05
+"""by which replicates at once must be faster than one after the other"""
+PROBE = 4
+"""replicates that are timed at once"""
+CALLS, STEPS = 7, 20
+STREAMS = 8
+"""streams at most: what more of them would bring has not been measured"""
+Clock = Callable[[], float]
+
+
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError where replicates of the recipe cannot be trained in the way it asks for."""
+    asked = recipe.compute.together
+    if asked in UNSUPPORTED and (reason := UNSUPPORTED[asked](recipe)):
+        raise RecipeError(f"compute.together {asked} cannot train this: {reason}; use auto or alone")
+    if asked in UNSUPPORTED and not _graphed(recipe):
+        raise RecipeError(f"compute.together {asked} is the graph engine's, got --engine {recipe.compute.engine} on "
+                          f"{device(recipe.compute.device)}; use --engine graph or compute.together auto")  # fmt: skip
+
+
+def threads(directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None) -> int:
+    """How many replicates run side by side, one thread each, or 1; settles what ``auto`` becomes if they do."""
+    todo = [d for d in directories if (ticket := d.ticket(theta0)) is None or not over(d.recipe, ticket.rounds)]
+    if len(todo) < 2 or todo[0].recipe.compute.together == "alone":
+        return 1
+    if device(todo[0].recipe.compute.device) != "cpu" or engine(todo[0].recipe) in ("dense", "graph"):
+        return 1
+    if resolved is None and all(d.resolved is None for d in directories):
+        recipe = todo[0].recipe
+        narrow = _with_compute(recipe, threads=recipe.compute.threads or 1)
+        choice = resolve(narrow, lambda candidate: make_engine(candidate, source))
+        if choice.compute.engine == "sparse":
+            todo[0].write_recipe(recipe, {**choice.to_dict(), "environment": environment(choice.compute)})
+    resolved = next((d.resolved for d in directories if d.resolved), resolved)
+    if resolved is None or resolved["engine"] != "sparse":
+        return 1
+    return min(len(todo), max(1, cores() // int(resolved["threads"])))
+
+
+def candidates(directories: Sequence[Run]) -> list[int]:
+    """The replicates that the graph engine may train at once: those still to be done, if they are more than one."""
+    recipe = directories[0].recipe
+    if not _graphed(recipe) or recipe.compute.together == "alone" or not _ways(recipe):
+        return []
+    todo = [r for r, d in enumerate(directories) if (t := d.ticket(theta0)) is None or not over(recipe, t.rounds)]
+    return todo if len(todo) > 1 else []
+
+
+def groups(
+    directories: Sequence[Run],
+    todo: Sequence[int],
+    compute: ComputeSection,
+    source: Source,
+    tell: Callable[[str], None],
+) -> Iterator[dict[int, Member]]:
+    """Engines of the replicates ``todo`` that are trained at once, by their number, one group after the other: as many
+    at a time as are at the same step (one that was killed may be behind) and as memory holds. Whoever is in no group
+    is alone. ``compute`` is resolved; ``tell`` gets what a person should know."""
+    if compute.engine != "graph":
+        return
+    places: dict[tuple[int, int], list[int]] = {}
+    for r in todo:
+        ticket, state = directories[r].ticket(theta0), directories[r].state()
+        at = len(ticket.rounds) if ticket else 0, state.info["progress"]["iteration"] if state else 0
+        places.setdefault(at, []).append(r)
+    settled = [dataclasses.replace(d.recipe, compute=compute) for d in directories]
+    way = _way([settled[r] for r in todo], source)
+    for r in todo:
+        if (own := directories[r].resolved) and own.get("together") != way:
+            directories[r].write_recipe(directories[r].recipe, {**own, "together": way})
+    if way == "alone":
+        return
+    most = _most(way, settled[0], source, len(todo))
+    waiting = [group for same in places.values() for group in room.groups(same, most)]
+    while waiting:
+        group, made = waiting.pop(0), None
+        gc.collect()  # the group before: its members and what they share know each other
+        if len(group) == 1:
+            continue
+        try:
+            made = _made(way, [settled[r] for r in group], source)
+        except torch.OutOfMemoryError:
+            half = -(-len(group) // 2)
+            waiting = room.groups(group, half) + waiting
+            tell(f"{compute.device} has not memory enough for {len(group)} replicates at once: {half} are trained at a "
+                 "time")  # fmt: skip
+        if made is not None:
+            yield dict(zip(group, made.members, strict=True))
+
+
+def _graphed(recipe: Recipe) -> bool:
+    """Whether the graph engine may train the recipe."""
+    auto = recipe.compute.engine == "auto" and _on_cuda(device(recipe.compute.device))
+    return auto or recipe.compute.engine == "graph"
+
+
+def _on_cuda(where: str) -> bool:
+    return where.startswith("cuda")
+
+
+def _way(recipes: Sequence[Recipe], source: Source) -> str:
+    asked, where = recipes[0].compute.together, recipes[0].compute.device
+    if asked != "auto":
+        return asked
+    ways = _ways(recipes[0])
+    if not _on_cuda(where):  # where a step of two takes as long as two
+        return "batched" if "batched" in ways else "alone"
+    rates = measured(recipes[:PROBE], source, ways)
+    best = max(rates, key=lambda way: rates[way])
+    return best if rates[best] > GAIN * rates["alone"] else "alone"
+
+
+def measured(
+    recipes: Sequence[Recipe], source: Source, ways: Sequence[str], clock: Clock = time.perf_counter
+) -> dict[str, float]:
+    """Images/s of one replicate alone, and of ``recipes`` together in each way that finds memory."""
+    rates = {}
+    for way in ("alone", *ways):
+        gc.collect()
+        made: GraphEngine | Fleet | Streams | None = None
+        try:
+            made = _single(recipes[0], source) if way == "alone" else _made(way, recipes, source)
+        except torch.OutOfMemoryError:
+            continue
+        if made is not None:
+            count = 1 if way == "alone" else len(recipes)
+            rates[way] = count * recipes[0].train.batch_size / _seconds(made, recipes[0], clock)
+    return {"alone": 0.0, **rates}
+
+
+def _ways(recipe: Recipe) -> list[str]:
+    asked = recipe.compute.together
+    return [way for way, reason in UNSUPPORTED.items() if asked in ("auto", way) and not reason(recipe)]
+
+
+def _made(way: str, recipes: Sequence[Recipe], source: Source) -> Fleet | Streams:
+    return Fleet(recipes, source) if way == "batched" else Streams(recipes, source)
+
+
+def _single(recipe: Recipe, source: Source) -> GraphEngine | None:
+    made = make_engine(_with_compute(recipe, compact=0.0), source)
+    return made if isinstance(made, GraphEngine) else None  # an engine that found no memory is the dense one
+
+
+def _most(way: str, recipe: Recipe, source: Source, count: int) -> int:
+    free = room.free(recipe.compute.device)
+    if free is None:
+        return count
+    if way == "batched":
+        return room.fits(recipe, source, free)
+    return min(STREAMS, room.measured(lambda: _single(recipe, source), recipe.compute.device, free))
+
+
+def _seconds(made: GraphEngine | Fleet | Streams, recipe: Recipe, clock: Clock) -> float:
+    """Median of a step, of all replicates together."""
+    steps, times = min(STEPS, recipe.evaluate.every, recipe.train.iterations), []
+    for _ in range(CALLS):
+        made.forget()
+        began = clock()
+        made.advance(0, steps)
+        if made.device.type == "cuda":
+            torch.cuda.synchronize(made.device)
+        times.append((clock() - began) / steps)
+    return median(times[1:])
+
+
+def _with_compute(recipe: Recipe, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, **changes))

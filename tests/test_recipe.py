@@ -330,7 +330,7 @@ OTHER: dict[str, Any] = {
     "compute.loader": "resident", "compute.engine": "dense", "compute.threads": 1,
     "compute.kernels": "torch", "compute.deterministic": True,
     "compute.break_even": 0.5, "compute.compact": 0.5, "compute.shifted": ["conv1.weight"],
-    "compute.kept": {"fc1": 0.5},
+    "compute.kept": {"fc1": 0.5}, "compute.together": "alone",
     "store.save_every": 1.0, "store.theta0": "seed", "store.keep_weights": "last",
 }  # fmt: skip
 WITHOUT = {

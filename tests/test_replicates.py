@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from fastlth import running
+from fastlth import running, together
 from fastlth.errors import Stopped
 from fastlth.metrics import TIMING_FIELDS
 from fastlth.store import ticket as tickets
@@ -27,7 +27,7 @@ def lines(path):
 
 
 def test_each_replicate_equals_its_single_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "cores", lambda: 2)
+    monkeypatch.setattr(together, "cores", lambda: 2)
     shown = []
     search = running.run(recipe(), out=tmp_path / "all", replicates=3, show=shown.append)
     assert all(isinstance(event, running.Beside) for event in shown)
@@ -44,7 +44,7 @@ def test_each_replicate_equals_its_single_run(tmp_path, monkeypatch):
 
 
 def test_stopped_together_they_go_on_to_the_same_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "cores", lambda: 2)
+    monkeypatch.setattr(together, "cores", lambda: 2)
     whole = running.run(recipe(), out=tmp_path / "whole", replicates=3)
     asked = 0
 
@@ -67,7 +67,7 @@ def test_stopped_together_they_go_on_to_the_same_end(tmp_path, monkeypatch):
 
 
 def test_what_auto_becomes_is_settled_once_with_one_thread_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "cores", lambda: 2)
+    monkeypatch.setattr(together, "cores", lambda: 2)
     asked = []
     real = resolve.resolve
 
@@ -75,7 +75,7 @@ def test_what_auto_becomes_is_settled_once_with_one_thread_each(tmp_path, monkey
         asked.append(recipe.compute.threads)
         return real(recipe, make)
 
-    monkeypatch.setattr(running, "resolve", settle)
+    monkeypatch.setattr(together, "resolve", settle)
     search = running.run(recipe(compute__threads=0), out=tmp_path, replicates=2)
     assert asked == [1]
     for replicate in search.replicates:

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fastlth
 from fastlth.data.order import Order, split
@@ -193,6 +194,22 @@ def test_a_stop_saves_all_and_the_same_command_goes_on(tmp_path):
     assert [{k: v for k, v in r.items() if k not in timing} for r in again.rounds] == [
         {k: v for k, v in r.items() if k not in timing} for r in whole.rounds
     ]
+
+
+@pytest.mark.parametrize("model", ["lenet-300-100", "conv-2"])
+def test_nothing_in_a_step_or_an_evaluation_is_read_by_the_host(model):
+    fleet = Fleet(recipes(2, model), random_source("digits"))
+
+    def both():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fleet.train_step(48)
+            fleet.evaluation_step(64)
+
+    both()
+    inner = fleet._loss_and_hits
+    fleet._loss_and_hits = lambda *inputs: ((r := inner(*inputs))[0] * r[0].sum().item(), r[1])
+    with pytest.raises(DataDependentOutputException):
+        both()
 
 
 def test_who_is_trained_as_one():

@@ -132,6 +132,7 @@ for line in {list(MISSING)}:
 # What Windows lacks is missing, and what it has instead stands in: bytes are locked there, not whole files.
 WINDOWS = """
 import fcntl, os, signal, subprocess, sys, types  # subprocess asks for msvcrt to find out where it is
+import asyncio  # chooses the system's way when it is imported
 real = fcntl
 for name in ("fcntl", "resource", "termios", "pwd", "grp", "posix_ipc"):
     sys.modules[name] = None

@@ -45,7 +45,6 @@ from fastlth.training.parallel import lead
 from fastlth.training.parallel import team as parallel
 from fastlth.training.parallel.team import Team
 from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
-from fastlth.training.schedule import next_evaluation
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
 
@@ -88,6 +87,7 @@ class Beside:
 
 
 Answer = TypeVar("Answer")
+Settled = tuple[ComputeSection, str | None, Mapping[str, float]]
 Tell = Callable[[Happening], None]
 Show = Callable[[Happening | Beside], None]
 
@@ -183,11 +183,17 @@ def run(
         many = replicates > 1 and team is None
         workers = together.threads(directories, source, resolved) if many else 1
 
+        settled: dict[int, Settled] = {}
+
         def task(r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
-            settled = next((d.resolved for d in directories if d.resolved), resolved)
             one = directories[r]
+
+            def settle() -> Settled:
+                others = next((d.resolved for d in directories if d.resolved), resolved)
+                return settled.get(r) or _settle(one, one.recipe, source, others, team)
+
             with member or nullcontext():
-                return _run_one(one, one.recipe, source, settled, (r, replicates), log, show, stopped, data_dir,
+                return _run_one(one, one.recipe, source, settle, (r, replicates), log, show, stopped, data_dir,
                                 member, team)  # fmt: skip
 
         def beside(r: int, member: Member | None) -> Callable[[Tell, Callable[[], bool]], Replicate]:
@@ -195,10 +201,14 @@ def run(
                 r, member, hand_on, lambda: stopped() or (signal.SIGTERM if failed() else None)
             )
 
+        def leave(member: Member | None) -> None:
+            with member or nullcontext():
+                """Who never begins is not waited for."""
+
         def at_once(members: Mapping[int, Member | None], workers: int) -> dict[int, Replicate]:
             numbers = list(members)
             tasks = [beside(r, member) for r, member in members.items()]
-            ended = side_by_side(tasks, workers=workers,
+            ended = side_by_side(tasks, workers=workers, left_out=lambda i: leave(members[numbers[i]]),
                                  show=lambda i, e: show(Beside(numbers[i], seeds[numbers[i]].base, e)))  # fmt: skip
             return dict(zip(numbers, ended, strict=True))
 
@@ -206,9 +216,11 @@ def run(
         if workers > 1:
             done = at_once(dict.fromkeys(range(replicates)), workers)
         elif many and (todo := together.candidates(directories)):
-            first = directories[todo[0]]
-            compute, _, _ = _settle(first, first.recipe, source, resolved)
-            for members in together.groups(directories, todo, compute, source, lambda text: show(Notice(text))):
+            for r in todo:
+                first = next((d.resolved for d in directories if d.resolved), resolved)
+                settled[r] = _settle(directories[r], directories[r].recipe, source, first)
+            runs = {r: (directories[r], compute) for r, (compute, _, _) in settled.items()}
+            for members in together.groups(runs, source, lambda text: show(Notice(text))):
                 done |= at_once(members, len(members))
                 members.clear()  # nothing may hold this group's memory when the next is made
         for r in range(replicates):
@@ -291,12 +303,13 @@ def resume(
         source = load_for(recipe.data, data_dir)
         if team is not None:
             parallel.check(recipe, team.size)
-        one = _run_one(directory, recipe, source, None, (0, 1), log, show, stopped, data_dir, None, team)
+        one = _run_one(directory, recipe, source, lambda: _settle(directory, recipe, source, None, team), (0, 1), log,
+                       show, stopped, data_dir, None, team)  # fmt: skip
         return Search(recipe, (one,))
 
 
 def _run_one(
-    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, replicate: tuple[int, int],
+    directory: Run, recipe: Recipe, source: Source, settle: Callable[[], Settled], replicate: tuple[int, int],
     log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
     member: Member | None = None, team: Team | None = None,
 ) -> Replicate:  # fmt: skip
@@ -306,7 +319,8 @@ def _run_one(
         if state is None:
             directory.drop_state()  # killed after the last round was saved, before its state was removed
         return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
-    compute, moved, measured = _settle(directory, recipe, source, resolved, team)
+    compute, moved, measured = settle()
+    compute = dataclasses.replace(compute, together=(directory.resolved or {}).get("together", compute.together))
     made: Engine | None = (
         member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
     )
@@ -320,7 +334,7 @@ def _run_one(
     ):  # fmt: skip
         metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
         collapsed: set[str] = set()
-        agreed, last = member.in_step.agreed if member else _alone, recipe.train.iterations
+        agreed = member.in_step.agreed if member else _alone
         for event in find_tickets(recipe, source, compute, ticket=ticket, state=state, engine=made):
             if line := record(event):
                 metrics.write(line)
@@ -333,8 +347,6 @@ def _run_one(
                 collapsed |= found.keys()
             if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
                 place = event.round, event.event.iteration
-                if member is not None and place[1] != next_evaluation(place[1] - 1, recipe.evaluate.every, last):
-                    continue  # the others may not come by here
                 if number := agreed(place, "stop", stopped):
                     saver.state(event)
                     one = " (this replicate; the same command as before: all)" if replicate[1] > 1 else ""
@@ -367,19 +379,24 @@ def _resume_command(directory: Run, data_dir: str | Path | None, log: Sequence[s
 
 def _settle(
     directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, team: Team | None = None
-) -> tuple[ComputeSection, str | None, Mapping[str, float]]:
-    """The compute section of this run: as it was resolved at its first start, else resolved now and written down."""
-    kept = directory.resolved or resolved
-    moved = None
-    if kept is not None:
-        compute = ComputeSection(**{f.name: kept[f.name] for f in dataclasses.fields(ComputeSection) if f.name in kept})
+) -> Settled:
+    """The compute section of this run: as it was resolved at its first start, else as ``resolved`` says, else resolved
+    now; written down. With what is not as it was then, and the images/s that were measured."""
+    kept: Mapping[str, Any] | None = None
+    moved: str | None = None
+    for before in (directory.resolved, resolved):
+        if before is None or kept is not None:
+            continue
+        names = [f.name for f in dataclasses.fields(ComputeSection) if f.name in before]
+        compute = ComputeSection(**{name: before[name] for name in names})
         try:
             device(compute.device)
             engine(dataclasses.replace(recipe, compute=compute))
+            kept = before
         except DeviceError:
-            kept, moved = None, f"{compute.device} is not there any more"
+            moved = moved or f"{compute.device} is not there any more"
         except RecipeError as error:
-            kept, moved = None, str(error)
+            moved = moved or str(error)
     shared = kept is None or (compute.engine, compute.compile, compute.kept) == ("dense", "off", {})
     if team is not None and not shared:
         kept, moved = None, f"{team.size} processes train it, by the dense engine"
@@ -390,12 +407,12 @@ def _settle(
         compute, measured = choice.compute, choice.images_per_second
         kept = choice.to_dict()
     here = environment(compute) | ({} if team is None else {"processes": str(team.size)})
-    before = kept.get("environment", here)
-    if before != here and moved is None:
-        now, then = ({"processes": "1", **e} for e in (here, before))
+    there = kept.get("environment", here)
+    if there != here and moved is None:
+        now, then = ({"processes": "1", **e} for e in (here, there))
         moved = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in now | then if then.get(k) != now.get(k))
     if directory.resolved is None or moved:
-        log = [*kept.get("moved", []), *([moved] if moved else [])]
+        log = [*(directory.resolved or kept).get("moved", []), *([moved] if moved else [])]
         directory.write_recipe(recipe, {**kept, "environment": here, **({"moved": log} if log else {})})
     return compute, moved, measured
 

@@ -27,14 +27,15 @@ def cores() -> int:
 
 def side_by_side(
     tasks: Sequence[Callable[[Callable[[Event], None], Callable[[], bool]], Result]], *, workers: int,
-    show: Callable[[int, Event], None],
+    show: Callable[[int, Event], None], left_out: Callable[[int], None] = lambda number: None,
 ) -> list[Result]:  # fmt: skip
     """The results of ``tasks``, in their order; ``workers`` run at a time, or all of them where fewer than twice as
     many are left: three that share two cores have ended sooner than two at once and one after them, beside which a
     core idles.
 
     A task gets two functions: one hands an event on, which ``show`` gets in the calling thread together with the
-    task's number; the other says whether a task has failed, so that the rest should stop and save. When all have
+    task's number; the other says whether a task has failed, so that the rest should stop and save. ``left_out`` gets
+    the number of each task that does not begin since another has failed, for those that wait for it. When all have
     ended the first error is raised, where there is one; Stopped only if nothing else went wrong.
     """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
@@ -51,14 +52,21 @@ def side_by_side(
         while not events.empty():
             show(*events.get())
 
+    def leave_out() -> None:
+        for number in range(len(futures), len(tasks)):
+            left_out(number)
+
     futures: list[Future[Result]] = []
     with ThreadPoolExecutor(max(len(tasks), 1), thread_name_prefix="fastlth-search") as pool:
         try:
             while running := _begin(futures, len(tasks), workers, lambda number: pool.submit(work, number), failed):
+                if failed.is_set():
+                    leave_out()
                 wait(running, LOOK_SECONDS, FIRST_COMPLETED)
                 show_all()
         except BaseException:
             failed.set()
+            leave_out()
             raise
     show_all()
     errors = [error for future in futures if (error := future.exception())]

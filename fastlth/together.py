@@ -85,45 +85,50 @@ def candidates(directories: Sequence[Run]) -> list[int]:
 
 
 def groups(
-    directories: Sequence[Run],
-    todo: Sequence[int],
-    compute: ComputeSection,
-    source: Source,
-    tell: Callable[[str], None],
+    settled: Mapping[int, tuple[Run, ComputeSection]], source: Source, tell: Callable[[str], None]
 ) -> Iterator[dict[int, Member]]:
-    """Engines of the replicates ``todo`` that are trained at once, by their number, one group after the other: as many
-    at a time as are at the same step (one that was killed may be behind) and as memory holds. Whoever is in no group
-    is alone. ``compute`` is resolved; ``tell`` gets what a person should know."""
-    if compute.engine != "graph":
-        return
-    places: dict[tuple[int, int], list[int]] = {}
-    for r in todo:
-        ticket, state = directories[r].ticket(theta0), directories[r].state()
+    """Engines of the replicates that are trained at once, by their number, one group after the other: as many at a time
+    as are at the same step (one that was killed may be behind), were resolved alike, and as memory holds. Whoever is
+    in no group is alone. ``settled`` has the run and what ``auto`` became of each replicate that is still to be done;
+    ``tell`` gets what a person should know."""
+    alike: dict[Any, list[int]] = {}
+    for r, (directory, compute) in settled.items():
+        ticket, state = directory.ticket(theta0), directory.state()
         at = len(ticket.rounds) if ticket else 0, state.info["progress"]["iteration"] if state else 0
-        places.setdefault(at, []).append(r)
-    settled = [dataclasses.replace(d.recipe, compute=compute) for d in directories]
-    way = _way([settled[r] for r in todo], source)
-    for r in todo:
-        if (own := directories[r].resolved) and own.get("together") != way:
-            directories[r].write_recipe(directories[r].recipe, {**own, "together": way})
-    if way == "alone":
-        return
-    most = _most(way, settled[0], source, len(todo))
-    waiting = [group for same in places.values() for group in room.groups(same, most)]
+        key = at, dataclasses.replace(compute, together="auto", kept={}), tuple(compute.kept.items())
+        alike.setdefault(key, []).append(r)
+    recipes = {r: dataclasses.replace(d.recipe, compute=compute) for r, (d, compute) in settled.items()}
+    for same in alike.values():
+        if len(same) == 1:
+            continue
+        way = _way([recipes[r] for r in same], source, tell)
+        for directory, _ in (settled[r] for r in same):
+            if (own := directory.resolved) is not None and own.get("together") != way:
+                directory.write_recipe(directory.recipe, {**own, "together": way})
+        if way != "alone":
+            yield from _fitting(way, same, recipes, source, tell)
+
+
+def _fitting(
+    way: str, same: Sequence[int], recipes: Mapping[int, Recipe], source: Source, tell: Callable[[str], None]
+) -> Iterator[dict[int, Member]]:
+    where = recipes[same[0]].compute.device
+    waiting = room.groups(same, _most(way, recipes[same[0]], source, len(same)))
     while waiting:
         group, made = waiting.pop(0), None
         gc.collect()  # the group before: its members and what they share know each other
         if len(group) == 1:
             continue
         try:
-            made = _made(way, [settled[r] for r in group], source)
+            made = _made(way, [recipes[r] for r in group], source)
         except torch.OutOfMemoryError:
             half = -(-len(group) // 2)
             waiting = room.groups(group, half) + waiting
-            tell(f"{compute.device} has not memory enough for {len(group)} replicates at once: {half} are trained at a "
-                 "time")  # fmt: skip
+            tell(f"{where} has not memory enough for {len(group)} replicates at once: {half} are trained at a time")
         if made is not None:
             yield dict(zip(group, made.members, strict=True))
+    made = None
+    gc.collect()  # who is trained alone needs the memory
 
 
 def _graphed(recipe: Recipe) -> bool:
@@ -136,8 +141,16 @@ def _on_cuda(where: str) -> bool:
     return where.startswith("cuda")
 
 
-def _way(recipes: Sequence[Recipe], source: Source) -> str:
+def _way(recipes: Sequence[Recipe], source: Source, tell: Callable[[str], None]) -> str:
     asked, where = recipes[0].compute.together, recipes[0].compute.device
+    if recipes[0].compute.engine != "graph":
+        if asked in UNSUPPORTED:
+            tell(f"compute.together {asked} is the graph engine's, and the {recipes[0].compute.engine} engine is "
+                 "faster here: replicates train one after the other; --engine graph insists")  # fmt: skip
+        return "alone"
+    if asked in UNSUPPORTED and (reason := UNSUPPORTED[asked](recipes[0])):
+        tell(f"compute.together {asked} cannot train this: {reason}; replicates train one after the other")
+        return "alone"
     if asked != "auto":
         return asked
     ways = _ways(recipes[0])
@@ -154,8 +167,8 @@ def measured(
     """Images/s of one replicate alone, and of ``recipes`` together in each way that finds memory."""
     rates = {}
     for way in ("alone", *ways):
+        made: GraphEngine | Fleet | Streams | None = None  # and the one before is gone
         gc.collect()
-        made: GraphEngine | Fleet | Streams | None = None
         try:
             made = _single(recipes[0], source) if way == "alone" else _made(way, recipes, source)
         except torch.OutOfMemoryError:
@@ -196,8 +209,7 @@ def _seconds(made: GraphEngine | Fleet | Streams, recipe: Recipe, clock: Clock) 
         made.forget()
         began = clock()
         made.advance(0, steps)
-        if made.device.type == "cuda":
-            torch.cuda.synchronize(made.device)
+        made.wait()
         times.append((clock() - began) / steps)
     return median(times[1:])
 

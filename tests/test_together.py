@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import tomllib
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import fastlth
-from fastlth import together
+from fastlth import search, side_by_side, together
 from fastlth.errors import RecipeError
 from fastlth.running import Notice
 from fastlth.saving import Saver
+from fastlth.store.run import Run
 from fastlth.training.engines import room
 from fastlth.training.engines.fleet import Fleet
 from fastlth.training.engines.graph import GraphEngine
@@ -197,3 +201,114 @@ def test_a_word_that_is_none_of_them():
         RecipeError, match=r"unknown compute\.together 'both'; choose one of: auto, alone, batched, streams"
     ):
         compute(small_recipe(), together="both")
+
+
+def _edit_resolved(search, **changes):
+    for replicate in search.replicates:
+        with Run.reopen(replicate.path) as run:
+            run.write_recipe(run.recipe, {**run.resolved, **changes})
+
+
+def _all_resolved(search):
+    found = [tomllib.loads((r.path / "recipe.toml").read_text())["resolved"] for r in search.replicates]
+    return [{k: v for k, v in one.items() if k not in ("images_per_second", "moved")} for one in found]
+
+
+def test_a_seed_that_was_run_before_settles_the_others(tmp_path, made):
+    recipe = small_recipe(**SHORT, compute__threads=0)
+    _edit_resolved(fastlth.run(recipe, out=tmp_path), threads=7)
+    search = fastlth.run(recipe, out=tmp_path, replicates=3)
+    assert made == [("Fleet", 2)]
+    first, *others = _all_resolved(search)
+    assert first == {**others[0], "together": "auto"} and others[0] == others[1]
+    assert others[0]["threads"] == 7 and others[0]["together"] == "batched"
+
+
+def test_those_that_were_resolved_otherwise_are_not_trained_with_the_others(tmp_path, made):
+    recipe = small_recipe(**SHORT, compute__precision="auto")
+    short = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rounds=0))
+    _edit_resolved(fastlth.run(short, out=tmp_path, replicates=3), precision="fp32")
+    second = fastlth.run(short, out=tmp_path, replicates=3).replicates[1]
+    with Run.reopen(second.path) as run:
+        run.write_recipe(run.recipe, {**run.resolved, "precision": "bf16"})
+    made.clear()
+    search = fastlth.run(recipe, out=tmp_path, replicates=3)
+    assert made == [("Fleet", 2)]
+    assert [one["precision"] for one in _all_resolved(search)] == ["fp32", "bf16", "fp32"]
+
+
+def test_of_the_last_group_nothing_is_left_when_one_is_trained_alone(tmp_path, monkeypatch):
+    """Five replicates of which two fit: 0 and 1, 3 and 4, then 2."""
+    living, alone = weakref.WeakSet(), []
+    inner, single = Streams.__init__, search.make_engine
+
+    def small_device(self, some, *rest, **named):
+        if len(some) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        living.add(self)
+        inner(self, some, *rest, **named)
+
+    def noted(*arguments):
+        alone.append(len(living))
+        return single(*arguments)
+
+    monkeypatch.setattr(Streams, "__init__", small_device)
+    monkeypatch.setattr(search, "make_engine", noted)
+    fastlth.run(small_recipe("conv-2", "digits", **SHORT, compute__together="streams"), out=tmp_path, replicates=5)
+    assert alone == [0]
+
+
+def test_a_way_is_timed_alone_on_the_device(monkeypatch):
+    living = weakref.WeakSet()
+    for kind in (Fleet, Streams):
+        inner = kind.__init__
+
+        def noted(self, *rest, inner=inner, **named):
+            assert not living, "the way before still holds its memory"
+            living.add(self)
+            inner(self, *rest, **named)
+
+        monkeypatch.setattr(kind, "__init__", noted)
+    some = [small_recipe(**SHORT), small_recipe(**SHORT, seeds__base=1)]
+    assert set(together.measured(some, random_source("digits"), ["batched", "streams"])) == {
+        "alone", "batched", "streams"}  # fmt: skip
+
+
+def test_who_asks_for_a_way_and_gets_another_engine_is_told(tmp_path, made, monkeypatch):
+    """On CUDA ``auto`` may find the dense engine faster."""
+    recipe = small_recipe(**SHORT, compute__together="streams")
+    _edit_resolved(fastlth.run(dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rounds=0)),
+                               out=tmp_path, replicates=2), engine="dense")  # fmt: skip
+    made.clear()
+    told = []
+    fastlth.run(recipe, out=tmp_path, replicates=2, show=lambda e: told.append(e.text) if isinstance(e, Notice) else 0)
+    assert not made
+    assert told == ["compute.together streams is the graph engine's, and the dense engine is faster here: replicates "
+                    "train one after the other; --engine graph insists"]  # fmt: skip
+
+
+def test_who_never_begins_is_not_waited_for():
+    """A task that fails before all others have begun: those that have would wait for the rest."""
+    gone = [threading.Event() for _ in range(3)]
+
+    def fails(hand_on, failed):
+        raise RuntimeError("no such file")
+
+    def waits(hand_on, failed):
+        assert gone[2].wait(20), "nobody said that the last one never begins"
+        return "done"
+
+    tasks = [fails, waits, waits]
+    slow = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, call, *arguments):
+            future = super().submit(call, *arguments)
+            slow.wait(0.2)  # the first has failed by the time the third would begin
+            return future
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side_by_side, "ThreadPoolExecutor", Pool)
+        with pytest.raises(RuntimeError, match="no such file"):
+            side_by_side.side_by_side(tasks, workers=3, show=lambda *_: None, left_out=lambda i: gone[i].set())
+    assert gone[2].is_set() and not gone[0].is_set()

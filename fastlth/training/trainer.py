@@ -88,7 +88,7 @@ def train(
         if bird is not None:
             end = min(end, next_evaluation(begin, bird.every, last))
         chunk = engine.run(begin, end)
-        taken = time.perf_counter() - started
+        taken = time.perf_counter() - started if chunk.seconds is None else chunk.seconds
         seconds_per_step = taken / (end - begin)
         progress.iteration = end
         progress.images += chunk.images

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastlth.training.engines import capture, streams
+from fastlth.training.engines.fleet import Fleet
 from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
 from fastlth.training.engines.streams import Streams
@@ -61,6 +62,43 @@ def test_states_go_on_and_one_that_leaves_is_not_waited_for():
     assert_same_bits(copies(left[0]), copies(left[1]))
 
 
+def test_the_others_go_on_for_whole_rounds_without_one_that_left():
+    """It trains along, and nobody empties its record of steps."""
+    some = recipes(2, "conv-2", evaluate__every=4)
+    source = random_source("digits")
+    member, gone = Streams(some, source).members
+    alone = make_engine(some[0], source)
+    with gone:
+        pass
+    for engine in (member, alone):
+        for first in range(0, 20, 4):
+            engine.run(first, first + 4)
+            engine.interval()
+    assert_same_bits(copies(member), copies(alone))
+
+
+@pytest.mark.parametrize("kind", [Streams, Fleet])
+def test_after_a_step_that_failed_no_other_is_made(monkeypatch, kind):
+    """It may have changed some weights: the replicates that come next must not make it again."""
+    made, failed = kind(recipes(2), random_source("digits")), []
+    inner = GraphEngine.train_step
+
+    def fails_once(engine, size, where=None):
+        if len(failed) < 1 and int(engine._at[0]) == 2:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(engine, size, where)
+
+    monkeypatch.setattr(GraphEngine, "train_step", fails_once)
+
+    def run(member):
+        with pytest.raises(torch.OutOfMemoryError), member:
+            member.run(0, 5)
+        return "told"
+
+    assert together(made.members, run) == ["told", "told"]
+
+
 def test_a_loss_that_is_not_finite_is_its_replicates_alone():
     made = Streams(recipes(2, "conv-2"), random_source("digits"))
     broken = {n: t.clone() for n, t in made.members[1].weights().items()}
@@ -72,6 +110,8 @@ def test_a_loss_that_is_not_finite_is_its_replicates_alone():
 def test_who_is_trained_side_by_side():
     assert streams.unsupported(small_recipe("vgg11", "cifar-10")) is None
     assert "early_bird" in str(streams.unsupported(small_recipe(prune__early_bird=0.1)))
+    compiled = small_recipe(model__dropout=0.5, compute__compile="on")
+    assert "dropout" in str(streams.unsupported(compiled))
     assert "ffcv" in str(streams.unsupported(small_recipe(compute__loader="ffcv")))
 
 
@@ -96,15 +136,19 @@ class FakeCuda:
         @contextlib.contextmanager
         def on(stream):
             cuda.current.append(stream.name)
-            yield
-            cuda.current.pop()
+            try:
+                yield
+            finally:
+                cuda.current.pop()
 
         @contextlib.contextmanager
         def recording(graph, pool, stream):
             cuda.log.append("capture")
-            with on(stream):
-                yield
-            cuda.log.append("end")
+            try:
+                with on(stream):
+                    yield
+            finally:
+                cuda.log.append("end")
 
         for name, stand_in in {"Stream": Stream, "CUDAGraph": Graph, "graph": recording, "stream": on,
                                "graph_pool_handle": lambda: "pool", "synchronize": lambda device: None,
@@ -128,7 +172,7 @@ def test_a_capture_forks_into_all_streams_and_joins_and_leaves_no_trace(monkeypa
     assert list(found.steps) == [48, 16] and len(found.evaluations) == 2
     begin = cuda.log.index("capture")
     assert cuda.log[begin : cuda.log.index("end")] == [
-        "capture", "A waits for M", "step of 48 on A", "B waits for M", "step of 48 on B", "M waits for A",
+        "capture", "A waits for M", "B waits for M", "step of 48 on A", "step of 48 on B", "M waits for A",
         "M waits for B"]  # fmt: skip
     assert cuda.log[:begin] == [
         word for lane in "AB"
@@ -140,6 +184,26 @@ def test_a_capture_forks_into_all_streams_and_joins_and_leaves_no_trace(monkeypa
     cuda.log.clear()
     found.steps[16]()
     assert cuda.log == ["replay"]
+
+
+def test_where_memory_is_short_in_a_capture_the_streams_come_back_first(monkeypatch):
+    """Or the end of the capture would raise something else than what is handled."""
+    engines = Streams(recipes(2, "conv-2"), random_source("digits")).engines
+    before = [copies(e) for e in engines]
+    cuda = FakeCuda(monkeypatch)
+    inner = GraphEngine.train_step
+
+    def full(engine, size, where=None):
+        if where is not None and cuda.current[-1] == "B":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(engine, size, where)
+
+    monkeypatch.setattr(GraphEngine, "train_step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        capture.capture(engines)
+    assert cuda.log[-3:] == ["M waits for A", "M waits for B", "end"]
+    for engine, state in zip(engines, before, strict=True):
+        assert_same_bits(copies(engine), state)
 
 
 def test_a_capture_of_one_engine_needs_no_second_stream(monkeypatch):

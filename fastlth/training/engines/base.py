@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from torch import Tensor
@@ -21,6 +21,8 @@ class Chunk:
     images: int
     first_bad: int | None
     """the first iteration whose loss was not finite"""
+    seconds: float | None = field(default=None, compare=False)
+    """what the steps took, where replicates share them: the same number for all of them"""
 
 
 class Engine(Protocol):

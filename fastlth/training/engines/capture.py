@@ -41,13 +41,11 @@ def capture(engines: Sequence[GraphEngine]) -> Captured:
     torch.OutOfMemoryError where a training step does not fit.
     """
     device, pool = engines[0].device, torch.cuda.graph_pool_handle()
-    stream, *lanes = (torch.cuda.Stream(device) for _ in range(1 + len(engines)))  # type: ignore[no-untyped-call]
-    lanes = lanes if len(engines) > 1 else [stream]
     with _as_before(engines):
-        steps = {size: _training(engines, size, pool, stream, lanes) for size in engines[0].batch_sizes}
+        steps = {size: _training(engines, size, pool) for size in engines[0].batch_sizes}
         for engine in engines:
             engine.net.eval()
-        evaluations = [fit_evaluation(e, lambda e=e: _evaluation(e, pool, stream)) for e in engines]  # type: ignore[misc]
+        evaluations = [fit_evaluation(e, lambda e=e: _evaluation(e, pool)) for e in engines]  # type: ignore[misc]
     torch.cuda.synchronize(device)
     return Captured(steps, evaluations)
 
@@ -82,36 +80,44 @@ def fit_evaluation(engine: GraphEngine, attempt: Callable[[], Replay]) -> Replay
         torch.cuda.empty_cache()
 
 
-def _training(
-    engines: Sequence[GraphEngine], size: int, pool: Any, stream: torch.cuda.Stream, lanes: Sequence[torch.cuda.Stream]
-) -> Replay:
+def _training(engines: Sequence[GraphEngine], size: int, pool: Any) -> Replay:
+    stream, *lanes = _streams(engines[0].device, 1 + len(engines))
+    lanes = lanes if len(engines) > 1 else [stream]
     # The step in the graph reads its gradients' addresses from a table, which is written once they are known.
     tables, gradients = [], []
     for engine, lane in zip(engines, lanes, strict=True):
         warm = _warmed(engine, lambda engine=engine: engine.train_step(size), lane)  # type: ignore[misc]
         tables.append(StepTable(*(tensor.clone() for tensor in engine.arena.table(warm))))
         del warm
-    graph = torch.cuda.CUDAGraph()
+    graph, beside = torch.cuda.CUDAGraph(), [lane for lane in lanes if lane is not stream]
     with torch.cuda.graph(graph, pool=pool, stream=stream):
-        for engine, lane, table in zip(engines, lanes, tables, strict=True):
-            if lane is not stream:
-                lane.wait_stream(stream)  # the fork: nothing is on ``stream`` but the graph's beginning
-            with torch.cuda.stream(lane):
-                gradients.append(engine.train_step(size, table))
-        for lane in lanes:
-            if lane is not stream:
+        for lane in beside:
+            lane.wait_stream(stream)  # the fork
+        try:
+            for engine, lane, table in zip(engines, lanes, tables, strict=True):
+                with torch.cuda.stream(lane):
+                    gradients.append(engine.train_step(size, table))
+        finally:  # a capture whose streams have not come back cannot be ended, also where memory was short
+            for lane in beside:
                 stream.wait_stream(lane)
     for engine, found, table in zip(engines, gradients, tables, strict=True):
         table.pointers.copy_(engine.arena.table(found).pointers)
     return _Graph(graph, gradients, tables)
 
 
-def _evaluation(engine: GraphEngine, pool: Any, stream: torch.cuda.Stream) -> Replay:
+def _evaluation(engine: GraphEngine, pool: Any) -> Replay:
+    (stream,) = _streams(engine.device, 1)
     _warmed(engine, lambda: engine.evaluation_step(engine.evaluation_batch), stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         engine.evaluation_step(engine.evaluation_batch)
     return _Graph(graph)
+
+
+def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """New ones for every capture: a graph that is thrown away takes the libraries' workspaces of its stream along
+    (pytorch#193402)."""
+    return [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 def _warmed(engine: GraphEngine, call: Callable[[], Any], stream: torch.cuda.Stream) -> Any:

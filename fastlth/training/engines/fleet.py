@@ -125,6 +125,7 @@ class Fleet(graph.GraphEngine):
         self._filled.fill_(before)
         self.forget_scores()
         self.advance(first, last)
+        self.wait()
         for r in who:
             self.members[r].filled = int(self._filled)
 
@@ -188,12 +189,12 @@ class FleetMember:
 
     def run(self, first: int, last: int) -> Chunk:
         fleet = self._fleet
-        self.in_step.run(self._r, first, last)
+        seconds = self.in_step.run(self._r, first, last)
         begin = self.filled - (last - first)
         with fleet.turn:
             bad = (~fleet.record["losses"][begin : self.filled, self._r].isfinite()).nonzero()
             images = int(fleet.record["images"][begin : self.filled].sum())
-        return Chunk(images, first + int(bad[0]) if len(bad) else None)
+        return Chunk(images, first + int(bad[0]) if len(bad) else None, seconds)
 
     def interval(self) -> Scores:
         fleet, rows = self._fleet, self.filled

@@ -238,6 +238,11 @@ class GraphEngine:
             for size in self.ready(first, last):
                 self._play(f"train {size}", self.train_step, size)
 
+    def wait(self) -> None:
+        """For the device, which may still be at the steps."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def ready(self, first: int, last: int) -> Iterator[int]:
         """For each of the steps its batch size, when the counters are those it needs."""
         iteration, row = first, int(self._filled)

@@ -7,7 +7,9 @@ wants to stop; one that has left is no longer waited for.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 Answer = TypeVar("Answer")
@@ -21,21 +23,23 @@ class InStep:
     def __init__(self, count: int, make: Make) -> None:
         self.turn = threading.Condition()
         self._make = make
-        self._wants: dict[int, list[int]] = {}  # replicate -> [next iteration, end]
+        self._wants: dict[int, _Want] = {}
         self._live = set(range(count))
+        self._broken: BaseException | None = None
         self._place, self._answers = (-1, -1), dict[str, Any]()
 
-    def run(self, replicate: int, first: int, last: int) -> None:
-        """Returns when the steps [first, last) of ``replicate`` are made, with ``turn`` held meanwhile. If they cannot
-        be made, each replicate gets to know in its turn."""
+    def run(self, replicate: int, first: int, last: int) -> float:
+        """Returns when the steps [first, last) of ``replicate`` are made, with the seconds that they took: the same
+        number for all who asked for the same. Where they cannot be made every replicate gets the error, and no step
+        is made any more: some of them may have been."""
         with self.turn:
-            self._wants[replicate] = [first, last]
-            while True:
+            mine = self._wants[replicate] = _Want(first, last)
+            while mine.next < last:
                 self._go_on()
-                if self._wants[replicate][0] >= last:
-                    break
-                self.turn.wait()
+                if mine.next < last:
+                    self.turn.wait()
             del self._wants[replicate]
+            return mine.seconds
 
     def agreed(self, place: tuple[int, int], question: str, ask: Callable[[], Answer]) -> Answer:
         """What ``ask`` says at a place (round, iteration) that all replicates come to: the answer that the first of
@@ -57,13 +61,29 @@ class InStep:
 
     def _go_on(self) -> None:
         """Make the steps that all replicates are waiting for, if they are."""
-        waiting = {r: want for r, want in self._wants.items() if want[0] < want[1]}
+        if self._broken is not None:
+            raise self._broken
+        waiting = {r: want for r, want in self._wants.items() if want.next < want.last}
         if not waiting or set(waiting) != self._live:
             return
-        at = {want[0] for want in waiting.values()}
+        at = {want.next for want in waiting.values()}
         assert len(at) == 1, f"replicates are out of step: they are at iterations {sorted(at)}"
-        begin, end = at.pop(), min(want[1] for want in waiting.values())
-        self._make(begin, end, waiting.keys())
+        begin, end, started = at.pop(), min(want.last for want in waiting.values()), time.perf_counter()
+        try:
+            self._make(begin, end, waiting.keys())
+        except BaseException as error:
+            self._broken = error
+            self.turn.notify_all()
+            raise
+        taken = time.perf_counter() - started
         for want in waiting.values():
-            want[0] = end
+            want.next = end
+            want.seconds += taken
         self.turn.notify_all()
+
+
+@dataclass
+class _Want:
+    next: int
+    last: int
+    seconds: float = 0.0

@@ -63,7 +63,8 @@ def free(device: str) -> int | None:
     """Bytes that are free on a CUDA device; None elsewhere, where nothing limits a fleet."""
     if not device.startswith("cuda"):
         return None
-    torch.cuda.empty_cache()  # what was timed before is still held
+    gc.collect()  # what was timed before is still held
+    torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
 

@@ -12,7 +12,7 @@ nothing. The kernels are those of a single run, so each replicate is the run of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from fastlth.training.evaluate import Scores
 
 def unsupported(recipe: Recipe) -> str | None:
     """Why replicates of the recipe cannot be trained side by side, as a clause; None if they can."""
+    if recipe.model.dropout and recipe.compute.compile == "on":
+        return "compute.compile is on, and each seed's dropout is compiled by itself"
     if recipe.prune.early_bird:
         return "prune.early_bird ends the rounds of replicates at different times"
     return graph.unsupported(recipe)
@@ -41,7 +43,7 @@ class Streams:
     def __init__(self, recipes: Sequence[Recipe], source: Source, *, dtype: torch.dtype = torch.float32) -> None:
         self.engines = [_lane(r, source, dtype) for r in recipes]
         self.device = self.engines[0].device
-        self.in_step = InStep(len(recipes), lambda first, last, _: self.advance(first, last))
+        self.in_step = InStep(len(recipes), self._make)
         self.members = [StreamMember(self, r) for r in range(len(recipes))]
         self._steps: dict[int, Callable[[], object]] = {}
         if self.device.type == "cuda":
@@ -52,6 +54,17 @@ class Streams:
             self._steps = found.steps
             for engine, evaluation in zip(self.engines, found.evaluations, strict=True):
                 engine.evaluate_by(evaluation)
+
+    def _make(self, first: int, last: int, who: Collection[int]) -> None:
+        for r, engine in enumerate(self.engines):
+            if r not in who:  # it trains along, and nobody looks at its record
+                engine.forget()
+        self.advance(first, last)
+        self.wait()
+
+    def wait(self) -> None:
+        """For the device, which may still be at the steps."""
+        self.engines[0].wait()
 
     def advance(self, first: int, last: int) -> None:
         """Steps of all replicates, and nothing read back."""
@@ -105,9 +118,9 @@ class StreamMember:
             self._engine.set_masks(masks)
 
     def run(self, first: int, last: int) -> Chunk:
-        self.in_step.run(self._r, first, last)
+        seconds = self.in_step.run(self._r, first, last)
         with self.in_step.turn:
-            return self._engine.chunk(first, last)
+            return dataclasses.replace(self._engine.chunk(first, last), seconds=seconds)
 
     def interval(self) -> Scores:
         with self.in_step.turn:

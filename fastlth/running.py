@@ -220,9 +220,10 @@ def run(
                 first = next((d.resolved for d in directories if d.resolved), resolved)
                 settled[r] = _settle(directories[r], directories[r].recipe, source, first)
             runs = {r: (directories[r], compute) for r, (compute, _, _) in settled.items()}
-            for members in together.groups(runs, source, lambda text: show(Notice(text))):
-                done |= at_once(members, len(members))
-                members.clear()  # nothing may hold this group's memory when the next is made
+            with faults.told(device(recipe.compute.device), lambda: "start the same command again"):
+                for members in together.groups(runs, source, lambda text: show(Notice(text))):
+                    done |= at_once(members, len(members))
+                    members.clear()  # nothing may hold this group's memory when the next is made
         for r in range(replicates):
             if r not in done:
                 done[r] = task(r, None, show, stopped)

@@ -13,7 +13,7 @@ import torch
 
 import fastlth
 from fastlth import search, side_by_side, together
-from fastlth.errors import RecipeError
+from fastlth.errors import EnvironmentFailure, RecipeError
 from fastlth.running import Notice
 from fastlth.saving import Saver
 from fastlth.store.run import Run
@@ -256,6 +256,15 @@ def test_of_the_last_group_nothing_is_left_when_one_is_trained_alone(tmp_path, m
     monkeypatch.setattr(search, "make_engine", noted)
     fastlth.run(small_recipe("conv-2", "digits", **SHORT, compute__together="streams"), out=tmp_path, replicates=5)
     assert alone == [0]
+
+
+def test_a_gpu_that_is_lost_while_replicates_are_grouped_is_one_line(tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(Fleet, "__init__", lost)
+    with pytest.raises(EnvironmentFailure, match=r"cpu is lost: CUDA error.*; start the same command again"):
+        fastlth.run(small_recipe(**SHORT), out=tmp_path, replicates=2)
 
 
 def test_a_way_is_timed_alone_on_the_device(monkeypatch):

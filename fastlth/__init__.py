@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastlth.composition import compose as compose
     from fastlth.recipe import Recipe as Recipe
-    from fastlth.running import Search as Search
+    from fastlth.results import Search as Search
     from fastlth.running import resume as resume
     from fastlth.running import run as run
     from fastlth.search import find_tickets as find_tickets
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Recipe": "recipe",
-    "Search": "running",
+    "Search": "results",
     "compose": "composition",
     "find_tickets": "search",
     "load_ticket": "tickets",

@@ -9,149 +9,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TypeVar
 
 from fastlth import sinks, together
-from fastlth.analysis import collapses, layer_records, net_units, replicate_overlap
+from fastlth.analysis import collapses, layer_records, net_units
 from fastlth.composition import with_own
 from fastlth.data.sources import Source, load_for
-from fastlth.errors import DeviceError, RecipeError, Stopped
+from fastlth.errors import RecipeError, Stopped
+from fastlth.happenings import Beside, Happening, Notice, Show, Started, Tell
 from fastlth.metrics import record
 from fastlth.models import skeleton, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.pruning.budget import one_shot_rate
 from fastlth.pruning.criteria import SIGN_TESTS
-from fastlth.recipe import ComputeSection, Recipe
+from fastlth.recipe import Recipe
+from fastlth.results import Replicate, Search
 from fastlth.saving import Saver
-from fastlth.search import Event, InRound, RoundFinished, RoundStarted, Said, find_tickets, over, winning_round
+from fastlth.search import InRound, RoundFinished, RoundStarted, Said, find_tickets, over
+from fastlth.settling import Settled, settle
 from fastlth.side_by_side import side_by_side
-from fastlth.store import ticket as tickets
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training import faults
 from fastlth.training.engines.base import Engine, Member
-from fastlth.training.engines.make import make_engine
 from fastlth.training.kept import check as check_kept
 from fastlth.training.parallel import lead
 from fastlth.training.parallel import team as parallel
 from fastlth.training.parallel.team import Team
-from fastlth.training.resolve import device, engine, environment, kernels, loader, resolve
+from fastlth.training.resolve import device, engine, kernels, loader
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
 
-
-@dataclass(frozen=True)
-class Started:
-    """A search begins or goes on: what ``show`` gets before the first event."""
-
-    path: Path
-    recipe: Recipe
-    compute: ComputeSection
-    measured: Mapping[str, float]
-    """images/s of the candidates that were timed to replace ``auto``"""
-    rounds_done: int
-    resumed: bool
-    moved: str | None
-    """what is not as it was when the run began, so that its bits may differ from here on"""
-    replicate: tuple[int, int]
-    """(this one, how many)"""
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something a person should know; the search goes on."""
-
-    text: str
-
-
-Happening = Started | Notice | Event
-
-
-@dataclass(frozen=True)
-class Beside:
-    """What happens to one of several replicates that run side by side."""
-
-    replicate: int
-    """its place among them, from 0"""
-    seed: int
-    event: Happening
-
-
 Answer = TypeVar("Answer")
-Settled = tuple[ComputeSection, str | None, Mapping[str, float]]
-Tell = Callable[[Happening], None]
-Show = Callable[[Happening | Beside], None]
-
-
-@dataclass(frozen=True)
-class Replicate:
-    """One seed's finished search."""
-
-    seed: int
-    path: Path
-    rounds: tuple[Mapping[str, Any], ...]
-
-    @property
-    def ticket(self) -> Path:
-        """Its ticket file."""
-        return self.path / "search.ticket"
-
-
-@dataclass(frozen=True)
-class Search:
-    """The result of ``run``. With several replicates, ``rounds`` are their means."""
-
-    recipe: Recipe
-    replicates: tuple[Replicate, ...]
-
-    @property
-    def ticket(self) -> Path:
-        """The first replicate's ticket file."""
-        return self.replicates[0].ticket
-
-    @property
-    def rounds(self) -> list[dict[str, Any]]:
-        """Per round its result, as in ``find-ticket --json``: means where there are several replicates."""
-        return _means([r.rounds for r in self.replicates])
-
-    @property
-    def winning_round(self) -> int | None:
-        """The winning ticket's round, by the means of all replicates, or None."""
-        return winning_round([r.rounds for r in self.replicates])
-
-    @functools.cached_property
-    def mask_overlap(self) -> list[dict[str, Any]]:
-        """Per round, how far the masks of the replicates agree (docs/metrics.md), read from their tickets.
-
-        Empty for one replicate. Raises TicketError where a ticket file has been damaged since.
-        """
-        if len(self.replicates) == 1:
-            return []
-        overlap = replicate_overlap([tickets.load(r.ticket, masks_only=True) for r in self.replicates])
-        return overlap[: len(self.rounds)]
-
-    def to_json(self) -> dict[str, Any]:
-        """The document of ``find-ticket --json``."""
-        document = {
-            "run": str(self.replicates[0].path),
-            "ticket": str(self.ticket),
-            "recipe_digest": self.recipe.digest,
-            "rounds": self.rounds,
-            "winning_round": self.winning_round,
-        }
-        if len(self.replicates) > 1:
-            document["replicates"] = [{"seed": r.seed, "rounds": [dict(x) for x in r.rounds]} for r in self.replicates]
-            document["mask_overlap"] = self.mask_overlap
-        return document
 
 
 def run(
@@ -180,54 +76,79 @@ def run(
         directories = [
             opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
         ]
-        many = replicates > 1 and team is None
-        workers = together.threads(directories, source, resolved) if many else 1
+        searches = _Searches(directories, source, resolved, log, show, stopped, data_dir, team)
+        return Search(recipe, tuple(searches.all()))
 
-        settled: dict[int, Settled] = {}
 
-        def task(r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
-            one = directories[r]
+@dataclass
+class _Searches:
+    """The replicates of a search, at once or one after the other."""
 
-            def settle() -> Settled:
-                others = next((d.resolved for d in directories if d.resolved), resolved)
-                return settled.get(r) or _settle(one, one.recipe, source, others, team)
+    directories: Sequence[Run]
+    source: Source
+    resolved: Mapping[str, Any] | None
+    log: Sequence[str]
+    show: Show
+    stopped: Callable[[], int | None]
+    data_dir: str | Path | None
+    team: Team | None
+    settled: dict[int, Settled] = field(default_factory=dict)
 
-            with member or nullcontext():
-                return _run_one(one, one.recipe, source, settle, (r, replicates), log, show, stopped, data_dir,
-                                member, team)  # fmt: skip
+    def all(self) -> list[Replicate]:
+        """Their results, in order."""
+        done: dict[int, Replicate] = {}
+        if len(self.directories) > 1 and self.team is None:
+            if (workers := together.threads(self.directories, self.source, self.resolved)) > 1:
+                done = self._at_once(dict.fromkeys(range(len(self.directories))), workers)
+            elif todo := together.candidates(self.directories):
+                done = self._in_groups(todo)
+        for r in range(len(self.directories)):
+            if r not in done:
+                done[r] = self._one(r, None, self.show, self.stopped)
+        return [done[r] for r in sorted(done)]
 
-        def beside(r: int, member: Member | None) -> Callable[[Tell, Callable[[], bool]], Replicate]:
-            return lambda hand_on, failed: task(
-                r, member, hand_on, lambda: stopped() or (signal.SIGTERM if failed() else None)
+    def _in_groups(self, todo: Sequence[int]) -> dict[int, Replicate]:
+        """Of those that the graph engine trains at once."""
+        done: dict[int, Replicate] = {}
+        for r in todo:  # before the first begins, since a GPU is timed for one of them at a time
+            self.settled[r] = self._settle(r)
+        runs = {r: (self.directories[r], compute) for r, (compute, _, _) in self.settled.items()}
+        where = device(self.directories[0].recipe.compute.device)
+        with faults.told(where, lambda: "start the same command again"):
+            for members in together.groups(runs, self.source, lambda text: self.show(Notice(text))):
+                done |= self._at_once(members, len(members))
+                members.clear()  # nothing may hold this group's memory when the next is made
+        return done
+
+    def _at_once(self, members: Mapping[int, Member | None], workers: int) -> dict[int, Replicate]:
+        numbers = list(members)
+
+        def beside(r: int) -> Callable[[Tell, Callable[[], bool]], Replicate]:
+            return lambda hand_on, failed: self._one(
+                r, members[r], hand_on, lambda: self.stopped() or (signal.SIGTERM if failed() else None)
             )
 
-        def leave(member: Member | None) -> None:
-            with member or nullcontext():
-                """Who never begins is not waited for."""
+        def show(i: int, event: Happening) -> None:
+            self.show(Beside(numbers[i], self.directories[numbers[i]].recipe.seeds.base, event))
 
-        def at_once(members: Mapping[int, Member | None], workers: int) -> dict[int, Replicate]:
-            numbers = list(members)
-            tasks = [beside(r, member) for r, member in members.items()]
-            ended = side_by_side(tasks, workers=workers, left_out=lambda i: leave(members[numbers[i]]),
-                                 show=lambda i, e: show(Beside(numbers[i], seeds[numbers[i]].base, e)))  # fmt: skip
-            return dict(zip(numbers, ended, strict=True))
+        def leave(i: int) -> None:  # who never begins is not waited for
+            if (member := members[numbers[i]]) is not None:
+                member.__exit__()
 
-        done: dict[int, Replicate] = {}
-        if workers > 1:
-            done = at_once(dict.fromkeys(range(replicates)), workers)
-        elif many and (todo := together.candidates(directories)):
-            for r in todo:
-                first = next((d.resolved for d in directories if d.resolved), resolved)
-                settled[r] = _settle(directories[r], directories[r].recipe, source, first)
-            runs = {r: (directories[r], compute) for r, (compute, _, _) in settled.items()}
-            with faults.told(device(recipe.compute.device), lambda: "start the same command again"):
-                for members in together.groups(runs, source, lambda text: show(Notice(text))):
-                    done |= at_once(members, len(members))
-                    members.clear()  # nothing may hold this group's memory when the next is made
-        for r in range(replicates):
-            if r not in done:
-                done[r] = task(r, None, show, stopped)
-        return Search(recipe, tuple(done[r] for r in range(replicates)))
+        tasks = [beside(r) for r in numbers]
+        ended = side_by_side(tasks, workers=workers, show=show, left_out=leave)
+        return dict(zip(numbers, ended, strict=True))
+
+    def _one(self, r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
+        one = self.directories[r]
+        with member or nullcontext():
+            return _run_one(one, one.recipe, self.source, lambda: self.settled.get(r) or self._settle(r),
+                            (r, len(self.directories)), self.log, show, stopped, self.data_dir, member,
+                            self.team)  # fmt: skip
+
+    def _settle(self, r: int) -> Settled:
+        others = next((d.resolved for d in self.directories if d.resolved), self.resolved)
+        return settle(self.directories[r], self.directories[r].recipe, self.source, others, self.team)
 
 
 def in_one_step(recipe: Recipe, density: float) -> Recipe:
@@ -286,7 +207,7 @@ def prepare(recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | 
         return path
     source = load_for(recipe.data, data_dir)
     with Run.open(Path(out), recipe) as directory:
-        _settle(directory, recipe, source, None)
+        settle(directory, recipe, source, None)
         return directory.path
 
 
@@ -304,13 +225,13 @@ def resume(
         source = load_for(recipe.data, data_dir)
         if team is not None:
             parallel.check(recipe, team.size)
-        one = _run_one(directory, recipe, source, lambda: _settle(directory, recipe, source, None, team), (0, 1), log,
+        one = _run_one(directory, recipe, source, lambda: settle(directory, recipe, source, None, team), (0, 1), log,
                        show, stopped, data_dir, None, team)  # fmt: skip
         return Search(recipe, (one,))
 
 
 def _run_one(
-    directory: Run, recipe: Recipe, source: Source, settle: Callable[[], Settled], replicate: tuple[int, int],
+    directory: Run, recipe: Recipe, source: Source, settled: Callable[[], Settled], replicate: tuple[int, int],
     log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
     member: Member | None = None, team: Team | None = None,
 ) -> Replicate:  # fmt: skip
@@ -320,7 +241,7 @@ def _run_one(
         if state is None:
             directory.drop_state()  # killed after the last round was saved, before its state was removed
         return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
-    compute, moved, measured = settle()
+    compute, moved, measured = settled()
     compute = dataclasses.replace(compute, together=(directory.resolved or {}).get("together", compute.together))
     made: Engine | None = (
         member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
@@ -376,52 +297,3 @@ def _resume_command(directory: Run, data_dir: str | Path | None, log: Sequence[s
     where = ["--data-dir", str(data_dir)] if data_dir else []
     logs = [word for name in log for word in ("--log", name)]
     return shlex.join(["fastlth", "resume", str(directory.path), *where, *logs])
-
-
-def _settle(
-    directory: Run, recipe: Recipe, source: Source, resolved: Mapping[str, Any] | None, team: Team | None = None
-) -> Settled:
-    """The compute section of this run: as it was resolved at its first start, else as ``resolved`` says, else resolved
-    now; written down. With what is not as it was then, and the images/s that were measured."""
-    kept: Mapping[str, Any] | None = None
-    moved: str | None = None
-    for before in (directory.resolved, resolved):
-        if before is None or kept is not None:
-            continue
-        names = [f.name for f in dataclasses.fields(ComputeSection) if f.name in before]
-        compute = ComputeSection(**{name: before[name] for name in names})
-        try:
-            device(compute.device)
-            engine(dataclasses.replace(recipe, compute=compute))
-            kept = before
-        except DeviceError:
-            moved = moved or f"{compute.device} is not there any more"
-        except RecipeError as error:
-            moved = moved or str(error)
-    shared = kept is None or (compute.engine, compute.compile, compute.kept) == ("dense", "off", {})
-    if team is not None and not shared:
-        kept, moved = None, f"{team.size} processes train it, by the dense engine"
-    measured: Mapping[str, float] = {}
-    if kept is None:
-        asked = recipe if team is None else parallel.narrowed(recipe)
-        choice = resolve(asked, lambda candidate: make_engine(candidate, source))
-        compute, measured = choice.compute, choice.images_per_second
-        kept = choice.to_dict()
-    here = environment(compute) | ({} if team is None else {"processes": str(team.size)})
-    there = kept.get("environment", here)
-    if there != here and moved is None:
-        now, then = ({"processes": "1", **e} for e in (here, there))
-        moved = ", ".join(f"{k} {then.get(k)} -> {now.get(k)}" for k in now | then if then.get(k) != now.get(k))
-    if directory.resolved is None or moved:
-        log = [*(directory.resolved or kept).get("moved", []), *([moved] if moved else [])]
-        directory.write_recipe(recipe, {**kept, "environment": here, **({"moved": log} if log else {})})
-    return compute, moved, measured
-
-
-def _means(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    if len(replicates) == 1:
-        return [dict(r) for r in replicates[0]]
-    return [
-        {k: fmean(r[k] for r in same) if isinstance(v, int | float) and k != "round" else v for k, v in same[0].items()}
-        for same in zip(*replicates, strict=False)
-    ]

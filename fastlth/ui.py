@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastlth.experiments.trial import TrialFinished, TrialStarted
-from fastlth.running import Beside, Happening, Notice, Started
+from fastlth.happenings import Beside, Happening, Notice, Started
 from fastlth.search import InRound, RoundFinished, RoundStarted
 from fastlth.training.early_bird import MaskDrawn
 from fastlth.training.trainer import Evaluated

@@ -24,8 +24,8 @@ from fastlth.analysis import (
     unit_fields,
     units,
 )
+from fastlth.happenings import Notice
 from fastlth.models import skeleton, weight_names
-from fastlth.running import Notice
 from fastlth.store.ticket import Ticket
 from fastlth.ui import View
 from tests.helpers import small_recipe

@@ -10,6 +10,7 @@ import pytest
 
 from fastlth import running, together
 from fastlth.errors import Stopped
+from fastlth.happenings import Beside
 from fastlth.metrics import TIMING_FIELDS
 from fastlth.store import ticket as tickets
 from fastlth.training import resolve
@@ -30,7 +31,7 @@ def test_each_replicate_equals_its_single_run(tmp_path, monkeypatch):
     monkeypatch.setattr(together, "cores", lambda: 2)
     shown = []
     search = running.run(recipe(), out=tmp_path / "all", replicates=3, show=shown.append)
-    assert all(isinstance(event, running.Beside) for event in shown)
+    assert all(isinstance(event, Beside) for event in shown)
     assert {event.seed for event in shown} == {0, 1, 2}
     for seed, replicate in enumerate(search.replicates):
         alone = running.run(recipe(seeds__base=seed), out=tmp_path / "one").replicates[0]
@@ -85,4 +86,4 @@ def test_what_auto_becomes_is_settled_once_with_one_thread_each(tmp_path, monkey
 def test_the_dense_engine_runs_them_one_after_the_other(tmp_path):
     shown = []
     running.run(recipe(compute__engine="dense"), out=tmp_path, replicates=2, show=shown.append)
-    assert not any(isinstance(event, running.Beside) for event in shown)
+    assert not any(isinstance(event, Beside) for event in shown)

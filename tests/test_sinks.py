@@ -13,8 +13,8 @@ import pytest
 import fastlth
 from fastlth import sinks
 from fastlth.errors import RecipeError, Stopped
+from fastlth.happenings import Notice
 from fastlth.metrics import TIMING_FIELDS
-from fastlth.running import Notice
 from tests.helpers import small_recipe
 
 

@@ -14,7 +14,7 @@ import torch
 import fastlth
 from fastlth import search, side_by_side, together
 from fastlth.errors import EnvironmentFailure, RecipeError
-from fastlth.running import Notice
+from fastlth.happenings import Notice
 from fastlth.saving import Saver
 from fastlth.store.run import Run
 from fastlth.training.engines import room

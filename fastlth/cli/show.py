@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastlth.running import Search
+    from fastlth.results import Search
 
 
 def json_document(document: Any) -> None:

@@ -22,8 +22,10 @@ from fastlth import masks as mask_tools
 from fastlth.data.sources import Source, load_for
 from fastlth.errors import Stopped
 from fastlth.experiments.settled import compute_of
+from fastlth.happenings import Show
 from fastlth.recipe import Recipe
-from fastlth.running import Search, Show, check, run
+from fastlth.results import Search
+from fastlth.running import check, run
 from fastlth.store import ticket as tickets
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import METRICS, RECIPE, Run, read_recipe

@@ -24,7 +24,7 @@ from fastlth.errors import FastlthError, RunLockedError, Stopped
 from fastlth.experiments.figures.declare import Branched
 from fastlth.experiments.figures.scale import Job
 from fastlth.experiments.figures.work import make, make_follow, run_of
-from fastlth.running import Beside
+from fastlth.happenings import Beside
 from fastlth.scaling.tasks import Task, chained, needs_dense
 from fastlth.search import RoundStarted
 from fastlth.side_by_side import cores, side_by_side

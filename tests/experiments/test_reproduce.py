@@ -23,6 +23,7 @@ from fastlth.experiments.figures.catalogue import FIGURES, find
 from fastlth.experiments.figures.declare import Against, Arm, Branched, Copied, Figure, Stated
 from fastlth.experiments.figures.overview import overview
 from fastlth.experiments.figures.scale import jobs, left_out, within
+from fastlth.happenings import Started
 from fastlth.report import reproduced
 from fastlth.report.figure import to_csv
 from fastlth.search import RoundFinished
@@ -231,7 +232,7 @@ def _trained(out: Path) -> set[str]:
 
 
 def _nothing_is_trained(event: object) -> None:
-    assert not isinstance(event, RoundFinished | work.running.Started), event
+    assert not isinstance(event, RoundFinished | Started), event
 
 
 def test_ten_widths_are_drawn_against_weights(out):

@@ -14,7 +14,7 @@ import pytest
 import fastlth
 from fastlth.report import searches, subject
 from fastlth.report.write import write
-from fastlth.running import Search
+from fastlth.results import Search
 from tests.helpers import small_recipe
 
 REINIT, LOSS = "random-reinit", 0.125

@@ -9,7 +9,7 @@ import torch
 
 import fastlth
 from fastlth.errors import EnvironmentFailure
-from fastlth.running import Notice
+from fastlth.happenings import Notice
 from fastlth.search import RoundFinished
 from fastlth.training import faults
 from fastlth.training.engines import capture

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlth import running
 from fastlth.errors import RecipeError
+from fastlth.happenings import Started
 from fastlth.running import Stopped
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.training import break_even, kept, resolve
@@ -319,7 +320,7 @@ def test_a_search_keeps_its_choice_and_its_bits_when_stopped(tmp_path, monkeypat
         running.run(recipe, out=tmp_path / "parts", show=seen.append, stopped=lambda: next(turns))
     monkeypatch.setattr(break_even, "break_evens", lambda *_, **__: pytest.fail("measured anew"))
     parts = running.run(recipe, out=tmp_path / "parts", show=seen.append)
-    started = [e.compute.kept for e in seen if isinstance(e, running.Started)]
+    started = [e.compute.kept for e in seen if isinstance(e, Started)]
     assert started == [{"conv2": 0.95, "fc1": 0.85}] * 2
     timing = ("seconds", "images_per_second")
     first, second = ([{k: v for k, v in r.items() if k not in timing} for r in s.rounds] for s in (whole, parts))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlth
-from fastlth.running import Beside, Notice
+from fastlth.happenings import Beside, Notice
 from fastlth.training.engines import fleet as fleets
 from fastlth.training.engines import room
 from tests.helpers import random_source, small_recipe

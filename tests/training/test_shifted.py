@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlth import running
 from fastlth.errors import RecipeError, Stopped
+from fastlth.happenings import Started
 from fastlth.models import skeleton
 from fastlth.recipe import ComputeSection
 from fastlth.training import resolve, shifted
@@ -243,7 +244,7 @@ def test_a_resume_keeps_the_choice(tmp_path, monkeypatch):
         running.run(recipe, out=tmp_path / "parts", show=seen.append, stopped=lambda: 15)
     monkeypatch.setattr(shifted, "faster", lambda *_, **__: pytest.fail("chosen anew"))
     parts = running.run(recipe, out=tmp_path / "parts", show=seen.append)
-    assert [e.compute.shifted for e in seen if isinstance(e, running.Started)] == [BOTH, BOTH]
+    assert [e.compute.shifted for e in seen if isinstance(e, Started)] == [BOTH, BOTH]
     timing = ("seconds", "images_per_second")
     first, second = ([{k: v for k, v in r.items() if k not in timing} for r in s.rounds] for s in (whole, parts))
     assert first == second

@@ -24,6 +24,7 @@ from fastlth.experiments.supermasks.run import place, supermask
 from fastlth.experiments.transfer import target, transfer, transfer_digest
 from fastlth.experiments.workbench import branch_name, plain
 from fastlth.recipe import Recipe
+from fastlth.results import Replicate
 from fastlth.store import weights
 from fastlth.store.inspect import summary
 from fastlth.store.run import METRICS, TICKET, parent_folder, run_folders
@@ -97,7 +98,7 @@ def make(job: Job, out: Path, *, data_dir: Path | None, show: Show, stopped: Sto
 def make_follow(job: Job, out: Path, *, data_dir: Path | None, show: Show, stopped: Stop) -> None:
     """Train what follows the job's searches, which are there. Raises as ``make`` does."""
     for recipe in _replicates(job):
-        search = running.Replicate(recipe.seeds.base, run_of(out, recipe), ())
+        search = Replicate(recipe.seeds.base, run_of(out, recipe), ())
         for follow in job.follow:
             for _ in _follow(follow, search, data_dir, show, stopped):
                 pass
@@ -111,9 +112,7 @@ def run_of(out: Path, recipe: Recipe) -> Path:
     return folders.get((seed, number), parent / f"r{seed}")
 
 
-def _follow(
-    follow: Follow, search: running.Replicate, data_dir: Path | None, show: Show, stopped: Stop
-) -> Iterator[Measured]:
+def _follow(follow: Follow, search: Replicate, data_dir: Path | None, show: Show, stopped: Stop) -> Iterator[Measured]:
     match follow:
         case Branched():
             done = branch(search.path, follow.control, rounds=follow.rounds or "all", trials=follow.trials,

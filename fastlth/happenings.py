@@ -44,6 +44,8 @@ class Beside:
     replicate: int
     """its place among them, from 0"""
     seed: int
+    of: int
+    """replicates that are still to be done, these among them"""
     event: Happening
 
 

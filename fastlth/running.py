@@ -31,7 +31,7 @@ from fastlth.pruning.criteria import SIGN_TESTS
 from fastlth.recipe import Recipe
 from fastlth.results import Replicate, Search
 from fastlth.saving import Saver
-from fastlth.search import InRound, RoundFinished, RoundStarted, Said, find_tickets, over
+from fastlth.search import InRound, RoundFinished, RoundStarted, Said, asked, find_tickets, over
 from fastlth.settling import Settled, settle
 from fastlth.side_by_side import side_by_side
 from fastlth.store.metrics_file import MetricsFile
@@ -97,10 +97,11 @@ class _Searches:
     def all(self) -> list[Replicate]:
         """Their results, in order."""
         done: dict[int, Replicate] = {}
-        if len(self.directories) > 1 and self.team is None:
-            if (workers := together.threads(self.directories, self.source, self.resolved)) > 1:
-                done = self._at_once(dict.fromkeys(range(len(self.directories))), workers)
-            elif todo := together.candidates(self.directories):
+        todo = together.unfinished(self.directories)
+        if len(todo) > 1 and self.team is None:
+            if (workers := together.threads(self.directories, todo, self.source, self.resolved)) > 1:
+                done = self._at_once(dict.fromkeys(todo), workers, len(todo))
+            elif together.grouped(self.directories[0].recipe):
                 done = self._in_groups(todo)
         for r in range(len(self.directories)):
             if r not in done:
@@ -116,11 +117,11 @@ class _Searches:
         where = device(self.directories[0].recipe.compute.device)
         with faults.told(where, lambda: "start the same command again"):
             for members in together.groups(runs, self.source, lambda text: self.show(Notice(text))):
-                done |= self._at_once(members, len(members))
+                done |= self._at_once(members, len(members), len(todo))
                 members.clear()  # nothing may hold this group's memory when the next is made
         return done
 
-    def _at_once(self, members: Mapping[int, Member | None], workers: int) -> dict[int, Replicate]:
+    def _at_once(self, members: Mapping[int, Member | None], workers: int, of: int) -> dict[int, Replicate]:
         numbers = list(members)
 
         def beside(r: int) -> Callable[[Tell, Callable[[], bool]], Replicate]:
@@ -129,7 +130,7 @@ class _Searches:
             )
 
         def show(i: int, event: Happening) -> None:
-            self.show(Beside(numbers[i], self.directories[numbers[i]].recipe.seeds.base, event))
+            self.show(Beside(numbers[i], self.directories[numbers[i]].recipe.seeds.base, of, event))
 
         def leave(i: int) -> None:  # who never begins is not waited for
             if (member := members[numbers[i]]) is not None:
@@ -240,7 +241,7 @@ def _run_one(
     if over(recipe, rounds):
         if state is None:
             directory.drop_state()  # killed after the last round was saved, before its state was removed
-        return Replicate(recipe.seeds.base, directory.path, tuple(rounds[: recipe.prune.rounds + 1]))
+        return Replicate(recipe.seeds.base, directory.path, tuple(asked(recipe, rounds)))
     compute, moved, measured = settled()
     compute = dataclasses.replace(compute, together=(directory.resolved or {}).get("together", compute.together))
     made: Engine | None = (

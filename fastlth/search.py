@@ -160,11 +160,14 @@ def find_tickets(
         yield RoundFinished(round, result, found, lambda: _arrays(engine.weights()))
 
 
+def asked(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Of a search's rounds those that the recipe asks for; another time it may have been asked for more."""
+    return results[: recipe.prune.asked([r["density"] for r in results])]
+
+
 def over(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last round, or one at or below the target density, is done."""
-    target = recipe.prune.to_density
-    reached = target is not None and any(r["density"] <= target for r in results)
-    return reached or len(results) > recipe.prune.rounds
+    return len(results) >= recipe.prune.asked([r["density"] for r in results])
 
 
 def winning_round(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> int | None:

@@ -46,7 +46,7 @@ class TensorBoard:
     def write(self, record: Record) -> None:
         step = step_of(record, self._per_round)
         if self._writer is None:
-            self._writer = self._open(purge_step=step if record["event"] == "evaluation" else None)
+            self._writer = self._open(purge_step=None if record["event"] == "round" else step)
         for name, value in values_of(record).items():
             self._writer.add_scalar(name, value, step)
         if record["event"] == "round":
@@ -75,7 +75,8 @@ class WandB:
             project="fastlth", name=name, id=file.read_text(), resume="allow", dir=str(run), config=recipe.to_dict()
         )
         self._per_round = recipe.train.iterations
-        self._run.define_metric("evaluation/*", step_metric="step")
+        for event in ("evaluation", "early_bird"):
+            self._run.define_metric(f"{event}/*", step_metric="step")
         self._run.define_metric("round/*", step_metric="round")
 
     def write(self, record: Record) -> None:

@@ -50,7 +50,8 @@ class LoadedTicket:
 
     def start(self, round: int) -> dict[str, Tensor]:
         """What a round starts with: every parameter and buffer, kept weights as the mask-1 action makes them from
-        theta_k, pruned ones as the mask-0 action does (ordinarily theta_k and zero). Raises TicketError as ``mask``.
+        theta_k, pruned ones as the mask-0 action does (ordinarily theta_k and zero). Round 0 gives theta_k itself, from
+        which a search that rewinds late did not train it. Raises TicketError as ``mask``.
         """
         fill = {name: torch.from_numpy(at) for name, at in self.file.fill.items()}
         numbers = {name: i for i, name in enumerate(weight_names(skeleton(self.recipe)))}

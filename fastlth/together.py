@@ -56,32 +56,36 @@ def check(recipe: Recipe) -> None:
                           f"{device(recipe.compute.device)}; use --engine graph or compute.together auto")  # fmt: skip
 
 
-def threads(directories: Sequence[Run], source: Source, resolved: Mapping[str, Any] | None) -> int:
-    """How many replicates run side by side, one thread each, or 1; settles what ``auto`` becomes if they do."""
-    todo = [d for d in directories if (ticket := d.ticket(theta0)) is None or not over(d.recipe, ticket.rounds)]
-    if len(todo) < 2 or todo[0].recipe.compute.together == "alone":
+def unfinished(directories: Sequence[Run]) -> list[int]:
+    """The replicates that are still to be done."""
+    tickets = [d.ticket(theta0) for d in directories]
+    return [r for r, t in enumerate(tickets) if t is None or not over(directories[r].recipe, t.rounds)]
+
+
+def threads(directories: Sequence[Run], todo: Sequence[int], source: Source, resolved: Mapping[str, Any] | None) -> int:
+    """How many replicates of ``todo`` run side by side, one thread each, or 1; settles what ``auto`` becomes if they
+    do."""
+    recipe = directories[0].recipe
+    if len(todo) < 2 or recipe.compute.together == "alone":
         return 1
-    if device(todo[0].recipe.compute.device) != "cpu" or engine(todo[0].recipe) in ("dense", "graph"):
+    if device(recipe.compute.device) != "cpu" or engine(recipe) in ("dense", "graph"):
         return 1
     if resolved is None and all(d.resolved is None for d in directories):
-        recipe = todo[0].recipe
+        first = directories[todo[0]]
+        recipe = first.recipe
         narrow = _with_compute(recipe, threads=recipe.compute.threads or 1)
         choice = resolve(narrow, lambda candidate: make_engine(candidate, source))
         if choice.compute.engine == "sparse":
-            todo[0].write_recipe(recipe, {**choice.to_dict(), "environment": environment(choice.compute)})
+            first.write_recipe(recipe, {**choice.to_dict(), "environment": environment(choice.compute)})
     resolved = next((d.resolved for d in directories if d.resolved), resolved)
     if resolved is None or resolved["engine"] != "sparse":
         return 1
     return min(len(todo), max(1, cores() // int(resolved["threads"])))
 
 
-def candidates(directories: Sequence[Run]) -> list[int]:
-    """The replicates that the graph engine may train at once: those still to be done, if they are more than one."""
-    recipe = directories[0].recipe
-    if not _graphed(recipe) or recipe.compute.together == "alone" or not _ways(recipe):
-        return []
-    todo = [r for r, d in enumerate(directories) if (t := d.ticket(theta0)) is None or not over(recipe, t.rounds)]
-    return todo if len(todo) > 1 else []
+def grouped(recipe: Recipe) -> bool:
+    """Whether the graph engine may train replicates of the recipe at once."""
+    return _graphed(recipe) and recipe.compute.together != "alone" and bool(_ways(recipe))
 
 
 def groups(

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from fastlth.experiments.trial import TrialFinished, TrialStarted
 from fastlth.happenings import Beside, Happening, Notice, Started
+from fastlth.recipe import Recipe
 from fastlth.search import InRound, RoundFinished, RoundStarted
 from fastlth.training.early_bird import MaskDrawn
 from fastlth.training.trainer import Evaluated
@@ -144,12 +145,16 @@ class View:
 
     def _beside(self, beside: Beside) -> None:
         """Replicates side by side: their finished rounds as lines, one bar for all steps."""
-        race, event = self._race, beside.event
+        event = beside.event
+        if isinstance(event, Started) and self._race.has(beside.replicate):  # another search, of the next rewind point
+            self._race = _Race()
+        race = self._race
         match event:
             case Started():
-                if race.total == 0:
+                if self._header:
                     self._print(self._header)
-                race.enter(beside.replicate, event)
+                    self._header = ""
+                race.enter(beside, event.recipe)
                 self._print(f"replicate {beside.replicate + 1} of {event.replicate[1]}, seed {beside.seed}")
                 self._say_how(event)
             case RoundStarted():
@@ -279,10 +284,13 @@ class _Race:
         self.rounds: dict[int, int] = {}
         self.rates: dict[int, float] = {}
 
-    def enter(self, replicate: int, event: Started) -> None:
-        recipe = event.recipe
+    def has(self, replicate: int) -> bool:
+        return replicate in self._steps
+
+    def enter(self, beside: Beside, recipe: Recipe) -> None:
         self._length, self._from = recipe.train.iterations, recipe.prune.rewind_to
-        self.total = event.replicate[1] * (self._length + recipe.prune.rounds * (self._length - self._from))
+        self._steps[beside.replicate] = 0
+        self.total = beside.of * (self._length + recipe.prune.rounds * (self._length - self._from))
 
     def at(self, replicate: int, round: int, iteration: int) -> None:
         done = iteration + (round * (self._length - self._from) if round else 0)

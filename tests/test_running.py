@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import fastlth
 from fastlth.errors import Stopped
 from fastlth.running import run
+from fastlth.store.cleaning import find
+from fastlth.store.listing import list_runs
 from tests.helpers import small_recipe
 
 
@@ -19,3 +23,24 @@ def test_resume_takes_a_path_or_its_text_of_the_run_or_of_its_folder(tmp_path):
     assert len(found.rounds) == 2 and found.ticket == folder / "search.ticket"
     for path in (folder, folder.parent, str(folder.parent)):
         assert fastlth.resume(path).to_json() == found.to_json()
+
+
+def test_a_target_density_gives_the_same_rounds_before_and_after_a_longer_search(tmp_path):
+    long = small_recipe(train__iterations=4, evaluate__every=4, prune__rounds=3)
+    short = dataclasses.replace(long, prune=dataclasses.replace(long.prune, to_density=0.7))
+    fresh = run(short, out=tmp_path / "fresh")
+    assert [r["round"] for r in fresh.rounds] == [0, 1, 2]
+    run(long, out=tmp_path)
+    later = run(short, out=tmp_path)
+    assert [r["kept"] for r in later.rounds] == [r["kept"] for r in fresh.rounds]
+    assert len(fastlth.load_ticket(later.ticket).rounds) == 4  # nothing is lost
+    assert len(run(long, out=tmp_path).rounds) == 4
+
+
+def test_a_search_that_came_to_its_target_density_is_finished(tmp_path):
+    recipe = small_recipe(train__iterations=4, evaluate__every=4, prune__rounds=9, prune__to_density=0.7)
+    [found] = run(recipe, out=tmp_path).replicates
+    [info] = list_runs(tmp_path)
+    assert (info.rounds_done, info.rounds_asked) == (3, 3)
+    (found.path / "state.safetensors").write_bytes(b"left by a kill")
+    assert [waste.path.name for waste in find(tmp_path)] == ["state.safetensors"]

@@ -161,6 +161,14 @@ def test_tensorboard_counts_steps_over_all_rounds(monkeypatch, tmp_path):
     ]  # fmt: skip
 
 
+def test_tensorboard_forgets_what_comes_again_also_when_it_begins_with_a_mask_that_was_drawn(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    sink = sinks.TensorBoard(tmp_path, small_recipe())
+    sink.write({"event": "early_bird", "round": 1, "iteration": 20, "epoch": 2, "distance": 0.25})
+    sink.write(EVALUATION)
+    assert Writer.last.calls[0] == (str(tmp_path / "tensorboard"), 60)
+
+
 def test_tensorboard_forgets_nothing_when_it_begins_with_the_end_of_a_round(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     sinks.TensorBoard(tmp_path, small_recipe()).close()

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fastlth import masks as mask_tools
 from fastlth.composition import adjust
 from fastlth.data.sources import load_for
+from fastlth.errors import TicketError
 from fastlth.experiments.settled import as_known, compute_of
 from fastlth.search import round_result, winning_round
-from fastlth.tickets import LoadedTicket
+from fastlth.tickets import LoadedTicket, theta0
 from fastlth.training.engines.make import make_engine
 from fastlth.training.trainer import Progress, train
 
@@ -24,7 +29,8 @@ def retrain(
     """The round's result, in the form of ``find-ticket --json``, after training it again.
 
     ``round`` is the winning ticket's where not given (the last one's if there is none); ``settings`` change the
-    recipe. With none changed, on the same machine and versions, the result is the one of the search.
+    recipe. With none changed, on the same machine and versions, the result is the one of the search, unless an early
+    bird ended the round: it is trained to its last iteration. Raises TicketError for a round that is not there.
     """
     if round is None:
         round = winning_round([ticket.rounds])
@@ -37,8 +43,20 @@ def retrain(
     resolved = as_known(recipe, lambda candidate: make_engine(candidate, source), known)
     engine = make_engine(dataclasses.replace(recipe, compute=compute_of(resolved)), source)
     engine.set_masks(ticket.trained_mask(round))
-    engine.rewind(ticket.start(round))
-    progress = Progress(ticket.file.rewind_iteration)
+    start, first = _start(ticket, round)
+    engine.rewind(start)
+    progress = Progress(first)
     for _ in train(engine, recipe, progress):
         pass
     return round_result(engine, recipe, progress, round, ticket.file.density(round), mask_tools.kept(masks))
+
+
+def _start(ticket: LoadedTicket, round: int) -> tuple[Mapping[str, Tensor], int]:
+    """What a round was trained from, and from which iteration on: the dense net from theta0, rewound late or not."""
+    first = ticket.file.rewind_iteration
+    if round or not first:
+        return ticket.start(round), first
+    if ticket.rounds[0]["seconds"] is None:
+        raise TicketError(f"round 0 was trained from theta0, and this ticket of another program holds the weights of "
+                          f"iteration {first} alone; give --round 1 or later")  # fmt: skip
+    return {name: torch.from_numpy(np.array(a)) for name, a in theta0(ticket.recipe).items()}, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -87,6 +88,12 @@ class PruneSection:
         check("prune.mask_0", self.mask_1 != "mask_init" or self.mask_0 == "original",
                "be original with mask_1 mask_init, which trains the pruned weights from zero; "
                "every other action would freeze them", self.mask_0)  # fmt: skip
+
+    def asked(self, densities: Sequence[float]) -> int:
+        """How many rounds a search makes, the dense one included, as far as the densities of its first ones tell: up to
+        the first at or below ``to_density``, or to the last."""
+        reached = (k for k, density in enumerate(densities) if density <= (self.to_density or 0))
+        return min(next(reached, self.rounds), self.rounds) + 1
 
     @property
     def needs_gradients(self) -> bool:

@@ -15,7 +15,7 @@ from fastlth.experiments.figures.scale import Job
 from fastlth.experiments.figures.work import run_of
 from fastlth.experiments.trial import Trial
 from fastlth.recipe import Recipe
-from fastlth.search import over, winning_round
+from fastlth.search import asked, over, winning_round
 from fastlth.store import atomic
 from fastlth.store.inspect import summary
 from fastlth.store.run import TICKET
@@ -31,7 +31,7 @@ def searches(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
     found: dict[str, list[tuple[int, Path, Recipe, Sequence[Mapping[str, Any]]]]] = {}
     for job in jobs:
         for recipe, run in _runs(job, out):
-            rounds = summary(run / TICKET).rounds if (run / TICKET).exists() else ()
+            rounds = asked(recipe, summary(run / TICKET).rounds) if (run / TICKET).exists() else ()
             found.setdefault(job.arm.label, []).append((recipe.seeds.base, run, recipe, rounds))
     return [
         {
@@ -68,7 +68,7 @@ def _lines(jobs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
         for recipe, run in _runs(job, out):
             about = {"search": job.arm.label, "seed": recipe.seeds.base, "run": run}
             if (run / TICKET).exists():
-                for result in summary(run / TICKET).rounds[: recipe.prune.rounds + 1]:
+                for result in asked(recipe, summary(run / TICKET).rounds):
                     yield {**about, "branch": "", **result}
             for follow in job.follow:
                 if isinstance(follow, Branched):

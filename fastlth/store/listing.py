@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastlth.errors import FastlthError
 from fastlth.store.inspect import summary
-from fastlth.store.run import RECIPE, STATE, TICKET, entries, read_recipe, run_folders
+from fastlth.store.run import RECIPE, TICKET, entries, read_recipe, run_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,9 @@ class RunInfo:
     rounds_done: int
     """finished rounds, the dense one included"""
     rounds_asked: int
-    """the recipe's prune.rounds + 1, the dense one included"""
+    """how many it makes, the dense one included: fewer than prune.rounds + 1 where it has come to prune.to_density"""
     bytes: int
     """of every file in the folder"""
-    unfinished_state: bool
-    """a state file is there: a round was begun"""
     problem: str = ""
     """why the run cannot be read; then model and dataset are empty and the counts 0"""
 
@@ -41,13 +39,14 @@ def _info(path: Path, seed: int) -> RunInfo:
     done = asked = 0
     try:
         recipe, _ = read_recipe(path / RECIPE)
-        model, dataset, asked = recipe.model.name, recipe.data.name, recipe.prune.rounds + 1
-        done = len(summary(path / TICKET).rounds) if (path / TICKET).exists() else 0
+        model, dataset, asked = recipe.model.name, recipe.data.name, recipe.prune.asked([])
+        rounds = summary(path / TICKET).rounds if (path / TICKET).exists() else ()
+        done, asked = len(rounds), recipe.prune.asked([r["density"] for r in rounds])
     except FastlthError as error:
         problem = str(error)
     return RunInfo(
         path=path, model=model, dataset=dataset, seed=seed, rounds_done=done, rounds_asked=asked,
-        bytes=_size(path), unfinished_state=(path / STATE).exists(), problem=problem,
+        bytes=_size(path), problem=problem,
     )  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import fastlth
+from fastlth.errors import TicketError
 from fastlth.experiments import settled
 from fastlth.experiments.retrain import retrain
 from fastlth.metrics import TIMING_FIELDS
@@ -40,3 +43,17 @@ def test_a_ticket_that_says_nothing_of_a_machine_is_resolved_here(tmp_path, monk
     ticket.file.resolved.clear()
     retrain(ticket, round=1)
     assert len(asked) == 2
+
+
+def test_the_dense_net_of_a_search_that_rewinds_late_starts_at_theta0(tmp_path):
+    recipe = small_recipe(train__iterations=12, evaluate__every=4, prune__rounds=1, prune__rewind_to=8)
+    [found] = run(recipe, out=tmp_path).replicates
+    ticket = fastlth.load_ticket(found.ticket)
+    for round, result in enumerate(found.rounds):
+        again = retrain(ticket, round=round)
+        assert again["early_stop_validation_loss"] == result["early_stop_validation_loss"]
+        assert again["test_accuracy"] == result["test_accuracy"]
+    nowhere = ({**ticket.rounds[0], "seconds": None}, *ticket.rounds[1:])  # as importing leaves it
+    foreign = dataclasses.replace(ticket, file=dataclasses.replace(ticket.file, rounds=nowhere))
+    with pytest.raises(TicketError, match=r"round 0 was trained from theta0.*of iteration 8 alone; give --round 1"):
+        retrain(foreign, round=0)

@@ -141,7 +141,7 @@ def a_ticket(rounds: int) -> Ticket:
     at = np.array([0, 0, 1, 2, 3], np.uint8)
     return Ticket(recipe=recipe(), resolved={}, rewind={"w": np.arange(5, dtype=np.float32)}, rewind_iteration=0,
                   pruned_at={"w": np.where(at > rounds, 0, at).astype(np.uint8)}, all_weights=5,
-                  rounds=tuple({"round": r, "kept": 5 - r} for r in range(rounds)))  # fmt: skip
+                  rounds=tuple({"round": r, "kept": 5 - r, "density": 1 - r / 5} for r in range(rounds)))  # fmt: skip
 
 
 def play(run: Run, seen: Callable[[str], None]) -> None:

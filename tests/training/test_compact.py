@@ -279,15 +279,20 @@ def test_graphs_are_captured_for_new_widths_alone(monkeypatch):
     assert engine.small is None and engine._last is None and len(captures) == 3
 
 
-def test_where_the_graphs_find_no_memory_the_whole_net_is_trained(monkeypatch):
-    def full(self):
-        if self.small is not None:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return {}
+@pytest.mark.parametrize("where", ["graphs", "net"])
+def test_where_a_smaller_net_finds_no_memory_the_whole_one_is_trained(where, monkeypatch):
+    def captured(self):
+        return {} if self.small is None else full()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
     recipe, source = recipe_of(**OPTIMIZERS["momentum"]), random_source("digits", train=160)
     plain = begun(recipe, source, compact=0.0)
-    monkeypatch.setattr(GraphEngine, "_captured", full)
+    if where == "graphs":
+        monkeypatch.setattr(GraphEngine, "_captured", captured)
+    else:
+        monkeypatch.setattr(compact, "Compact", full)
     engine = begun(recipe, source)
     assert engine.said == ["cpu has not memory enough for the graphs of a smaller net: this round trains the whole one"]
     for one in (plain, engine):

@@ -331,9 +331,9 @@ class GraphEngine:
             return
         if self._last is None or not self._last[0].fits(stays):
             self._last = None
-            small = compact.Compact(self.model, self.arena, stays)
-            self._train(small, {})
             try:
+                small = compact.Compact(self.model, self.arena, stays)
+                self._train(small, {})
                 self._last = small, self._captured()
             except torch.OutOfMemoryError:
                 self._train(None, self._whole_graphs)

@@ -28,13 +28,17 @@ BATCHES = (64, 128, 512)
 
 
 def times(ledger: Ledger) -> None:
-    """The short subjects first, then layer by layer, then what has to be compiled."""
+    """The short subjects first, then layer by layer, then what has to be compiled. Wrong kernels are not timed."""
     bandwidth = _copy(ledger)
-    for optimizer in ("sgd", "adam"):
-        _step(ledger, optimizer, bandwidth)
-    _selection(ledger)
-    _batches(ledger)
-    _replicates(ledger)
+    if ledger.right("masked_step"):
+        for optimizer in ("sgd", "adam"):
+            _step(ledger, optimizer, bandwidth)
+    if ledger.right("kth_magnitude", "prune_lowest"):
+        _selection(ledger)
+    if ledger.right("assemble_batch"):
+        _batches(ledger)
+    if ledger.right("masked_linear"):
+        _replicates(ledger)
     for compiled in (False, True):
         for size in (4,) if ledger.dry else BATCHES:
             _layers(ledger, size, compiled)
@@ -106,17 +110,17 @@ def _selection(ledger: Ledger) -> None:
     numbers = list(range(len(weights)))
     kept = sum(int(m.sum()) for m in masks)
 
-    def library() -> list[Tensor]:
+    def library(sort: bool) -> list[Tensor]:
         values = torch.cat([w[m].abs() for w, m in zip(weights, masks, strict=True)])
-        threshold = values.kthvalue(kept // 5).values
+        threshold = values.sort().values[kept // 5 - 1] if sort else values.kthvalue(kept // 5).values
         return [m & (w.abs() > threshold) for w, m in zip(weights, masks, strict=True)]
 
     def ours() -> None:
         kth_magnitude.prune_lowest(weights, [b.clone() for b in bits], kept // 5, numbers, 1, (1, 2))
 
     moved = kth_magnitude.prune_bytes(sum(w.numel() for w in weights))
-    ledger.compare({"subject": "prune_lowest", "layer": "vgg19"}, {"ours": ours, "library": library}, graph=False,
-                    bytes=moved)  # fmt: skip
+    variants = {"ours": ours, "library": lambda: library(sort=False), "sort": lambda: library(sort=True)}
+    ledger.compare({"subject": "prune_lowest", "layer": "vgg19"}, variants, graph=False, bytes=moved)
 
 
 def _batches(ledger: Ledger) -> None:
@@ -172,7 +176,8 @@ def _both(f: Any, x: Tensor, w: Tensor, dy: Tensor) -> Call:
 
 def _problems(ledger: Ledger, size: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Any, Any, Any]]:
     """Name, x, w and its mask as tensors of the op, and three ways: f(x, w)."""
-    for inputs, outputs, pixels, _ in VGG19[:1] if ledger.dry else VGG19:
+    layers = VGG19[:1] if ledger.dry else VGG19
+    for inputs, outputs, pixels, _ in layers if ledger.right("masked_conv2d") else ():
         mask = random_mask(ledger, outputs, inputs, 3, 3).contiguous(memory_format=torch.channels_last)
         bits = pack(mask.permute(0, 2, 3, 1))
         x, w = (
@@ -184,12 +189,14 @@ def _problems(ledger: Ledger, size: int) -> Iterator[tuple[str, Tensor, Tensor, 
             lambda x, w, b=bits: masked_conv.masked_conv2d(x, w, b, None, 1, 1),
             lambda x, w, b=bits: masked_conv.reference(x, w, b, None, 1, 1),
         )  # fmt: skip
-    for inputs, outputs in LENET[:1] if ledger.dry else LENET:
+    fully_connected = LENET[:1] if ledger.dry else LENET
+    for inputs, outputs in fully_connected if ledger.right("masked_linear") else ():
         mask = random_mask(ledger, 1, outputs, inputs)
         bits = pack(mask)
         yield (
             f"lenet {inputs}->{outputs}", randn(ledger, 1, size, inputs).bfloat16(),
-            randn(ledger, 1, outputs, inputs).bfloat16(), mask, lambda x, w: F.linear(x[0], w[0])[None],
+            randn(ledger, 1, outputs, inputs).bfloat16(), mask,
+            lambda x, w: F.linear(x.squeeze(0), w.squeeze(0)).unsqueeze(0),
             lambda x, w, b=bits: masked_linear.masked_linear(x, w, b),
             lambda x, w, b=bits: masked_linear.reference(x, w, b),
         )  # fmt: skip

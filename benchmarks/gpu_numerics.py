@@ -3,6 +3,9 @@ against the same op on the CPU where bits must agree."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from fastlth_kernels import batch, kth_magnitude, masked_conv, masked_linear, masked_step
@@ -25,13 +28,15 @@ def random_mask(ledger: Ledger, *shape: int, density: float = 0.2) -> Tensor:
 
 
 def numerics(ledger: Ledger) -> None:
-    _check_bits(ledger)
+    """All checks; one that cannot be made (a kernel that does not compile, say) is one that failed."""
+    ledger.attempt("bits", partial(_check_bits, ledger))
     for optimizer in ("sgd", "adam", "adamw"):
-        _check_step(ledger, optimizer)
+        ledger.attempt(f"masked_step {optimizer}", partial(_check_step, ledger, optimizer))
     for values in ("normal", "ties", "denormal"):
-        _check_selection(ledger, values)
+        ledger.attempt(f"prune_lowest {values}", partial(_check_selection, ledger, values))
+    ledger.attempt("prune_lowest in two threads", partial(_check_threads, ledger))
     for augment in batch.AUGMENTS:
-        _check_batch(ledger, augment)
+        ledger.attempt(f"assemble_batch {augment}", partial(_check_batch, ledger, augment))
     sizes, images = [(1, 5, 33, 65)], [(2, 20, 9, 40)]
     if not ledger.dry:  # rows that divide by 16 and others, and enough of both for the large tiles
         sizes += [(2, 60, 300, 784), (1, 512, 512, 512), (8, 512, 512, 512)]
@@ -39,12 +44,14 @@ def numerics(ledger: Ledger) -> None:
     # torch's own fp16 convolution on a CPU is further off than any kernel may be
     for dtype in (torch.float32, torch.bfloat16) if ledger.dry else (torch.float32, torch.bfloat16, torch.float16):
         for size in sizes:
-            _check_linear(ledger, size, dtype)
+            ledger.attempt(f"masked_linear {size} {dtype}", partial(_check_linear, ledger, size, dtype))
+        size = sizes[0] if ledger.dry else sizes[1]
         for decoupled in (False, True):
-            _check_adam(ledger, sizes[0] if ledger.dry else sizes[1], dtype, decoupled)
+            ledger.attempt(f"masked_linear_adam {size} {dtype}", partial(_check_adam, ledger, size, dtype, decoupled))
         for taps, stride in ((3, 1), (3, 2), (1, 1), (1, 2)):
             for image in images:
-                _check_conv(ledger, image, taps, stride, dtype)
+                ledger.attempt(f"masked_conv2d {image} {taps}x{taps} stride {stride} {dtype}",
+                               partial(_check_conv, ledger, image, taps, stride, dtype))  # fmt: skip
 
 
 def _check_bits(ledger: Ledger) -> None:
@@ -104,6 +111,22 @@ def _check_selection(ledger: Ledger, values: str) -> None:
     kth_magnitude.prune_lowest(on_cpu, theirs, *rest)
     different = sum(int((a.cpu() != b).sum()) for a, b in zip(ours, theirs, strict=True))
     ledger.check(f"prune_lowest {values}: words unlike the CPU's", different, 0)
+
+
+def _check_threads(ledger: Ledger) -> None:
+    """As replicates do it: two threads prune at once, at a width for which nothing is compiled yet, and each gets what
+    one alone gets."""
+
+    def pruned(seed: int) -> Tensor:
+        w, bits = randn(ledger, 300, 99, seed=seed).round(), pack(random_mask(ledger, 300, 99, density=0.7))
+        kth_magnitude.prune_lowest([w], [bits], 5_000, [0], 1, (1, 2))
+        return bits
+
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(pruned, (0, 1)))
+    alone = [pruned(seed) for seed in (0, 1)]
+    different = sum(int((a != b).sum()) for a, b in zip(alone, together, strict=True))
+    ledger.check("prune_lowest in two threads: words unlike one's", different, 0)
 
 
 def _check_batch(ledger: Ledger, augment: str) -> None:

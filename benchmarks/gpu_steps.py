@@ -61,8 +61,8 @@ def _compare(ledger: Ledger, model: str, dataset: str, batch: int, peaks: dict[s
                                 "schedule.milestones": [], "schedule.warmup": 0}  # fmt: skip
     one = recipe(ledger, model, dataset, **settings)
     timers: dict[str, Steps] = {}
+    torch._dynamo.reset()  # once: a reset compiles again what was compiled before it
     for way in ways:
-        torch._dynamo.reset()
         try:
             timers[way] = _way(one, way, ledger)
             timers[way](3)

@@ -29,6 +29,7 @@ from fastlth.training.resolve import resolve
 IMAGES = 8_192  # more than the caches hold, less than a laptop's patience
 TEST = 1_000
 ROWS = 1_000  # steps between two readings of an engine's record
+STEPS = 1_000 * ROWS  # after so many a training begins anew; the graph engine has a learning rate for each
 USUAL: dict[str, Any] = {"train.iterations": ROWS, "train.batch_size": 128, "train.optimizer": "sgd", "train.lr": 0.1,
                          "train.momentum": 0.9, "train.weight_decay": 1e-4}  # fmt: skip
 """where no preset covers a pair"""
@@ -48,7 +49,7 @@ def recipe_for(model: str, dataset: str) -> Recipe:
     recipe = compose(model, name, settings=settings).recipe
     return dataclasses.replace(
         recipe,
-        train=dataclasses.replace(recipe.train, iterations=10**9),
+        train=dataclasses.replace(recipe.train, iterations=STEPS),
         evaluate=dataclasses.replace(recipe.evaluate, every=ROWS),
     )
 
@@ -131,6 +132,7 @@ class Ours:
         while count:
             if self._at % ROWS == 0 and self._at:
                 self.engine.interval()
+                self._at %= STEPS
             some = min(count, ROWS - self._at % ROWS)
             self.engine.run(self._at, self._at + some)
             self._at += some

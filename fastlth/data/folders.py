@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -95,7 +94,10 @@ def read(data: DataSection, cache: Path | None = None) -> Source:
         raise DataError(f"{root} holds other files than the recipe's ({found[:8]}, not {str(data.content)[:8]}); "
                         "restore them, or start a new search")  # fmt: skip
     size = data.facts.shape[1]
-    cache = cache or Path(platformdirs.user_cache_dir("fastlth")) / "folders"
+    if cache is None:
+        import platformdirs
+
+        cache = Path(platformdirs.user_cache_dir("fastlth")) / "folders"
     parts = []
     for what, split in (("train", train), ("test", test)):
         name = f"{found[:16]}-{size}-{what}"

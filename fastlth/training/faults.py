@@ -19,6 +19,12 @@ def reason(error: BaseException) -> str | None:
     first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of memory: {first.removeprefix('CUDA out of memory. ')}"
+    if "captur" in first:  # of a graph: a mistake of ours, and the device is well
+        return None
+    if (
+        isinstance(error, torch.AcceleratorError) and "out of memory" in first
+    ):  # of the driver, not of torch's allocator
+        return f"out of memory: {first}"
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and _LOST.search(first)):
         return f"lost: {first}"
     return None

@@ -64,6 +64,18 @@ def algorithms(device: torch.device, *, deterministic: bool) -> Iterator[None]:
         filling.fill_uninitialized_memory = filled
 
 
+@contextmanager
+def any_order() -> Iterator[None]:
+    """For writes to places of which none occurs twice: their order cannot show, and ``deterministic`` algorithms would
+    sort the places first."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
 def flushes_denormals() -> bool:
     """Whether this thread's arithmetic turns denormal results into zero; torch has no way to ask."""
     smallest = sys.float_info.min

@@ -10,13 +10,14 @@ among those the next digit, and so on: three passes, six more over the key only 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .bitmask import pack, unpack, words_shape
-from .launch import AotCase, cdiv, jit, on_gpu, tl
+from .launch import AotCase, cdiv, jit, jit_but, on_gpu, tl
 from .philox import philox
 from .philox_triton import philox_words
 
@@ -27,6 +28,10 @@ _DIGITS = [
     (1, 21, 11), (1, 10, 11), (1, 0, 10), (2, 20, 11), (2, 10, 10), (2, 0, 10),
 ]  # fmt: skip
 _WORDS = 32  # mask words per program: 1,024 weights
+NUMBERS = ("words", "spatial", "number", "round", "key0", "key1")
+"""what the kernels are not compiled anew for: otherwise rounds 1 and 16 would wait for a compiler"""
+_LAUNCHING = threading.Lock()
+"""Replicates prune at once, each in its thread, and Triton's first launch of a kernel is not safe in several."""
 
 
 def first_digit(weight_bits: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ def _key_words(index, width, spatial, number, round, key0, key1):  # type: ignor
     return w0.to(tl.int64), (w1 >> 1).to(tl.int64)
 
 
-@jit
+@jit_but(do_not_specialize=NUMBERS)
 def _histogram_kernel(  # type: ignore[no-untyped-def]
     weights, bits, histogram, chosen, words, width, spatial, number, round, key0, key1,
     WORD: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
@@ -141,7 +146,7 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
     tl.atomic_add(histogram + tl.arange(0, 1 << WIDTH), counts, mask=counts > 0, sem="relaxed")
 
 
-@jit
+@jit_but(do_not_specialize=NUMBERS)
 def _remove_kernel(  # type: ignore[no-untyped-def]
     weights, bits, chosen, words, width, spatial, number, round, key0, key1, TIES: tl.constexpr, WORDS: tl.constexpr
 ):
@@ -159,6 +164,11 @@ def _remove_kernel(  # type: ignore[no-untyped-def]
     tl.store(bits + place, old & ~cleared, mask=place < words)
 
 
+def signed(key: Sequence[int]) -> list[int]:
+    """Words below 2^32 as int32 of the same bits: one type for Triton, whatever the key."""
+    return [word - (word >> 31 << 32) for word in key]
+
+
 def _launch(
     weights: Sequence[Tensor], bits: Sequence[Tensor], count: int, numbers: Sequence[int], round: int,
     key: Sequence[int], histogram: Tensor | None, remove: bool,
@@ -168,6 +178,7 @@ def _launch(
     chosen = torch.zeros(3, dtype=torch.int64, device=device)
     rank = torch.full((1,), count, dtype=torch.int64, device=device)
     shapes = [(b.numel(), w.shape[-1], _spatial(w)) for w, b in zip(weights, bits, strict=True)]
+    key = signed(key)
 
     def digit(word: int, low: int, width: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose the next digit: the counts of its values, and how many weights have the one chosen, [1]."""
@@ -225,7 +236,7 @@ def kth_magnitude(weights: Sequence[Tensor], bits: Sequence[Tensor], k: int) -> 
     """
     _check(weights, bits, range(len(weights)))
     if on_gpu(weights[0]):
-        with torch.cuda.device(weights[0].device):
+        with torch.cuda.device(weights[0].device), _LAUNCHING:
             found = _launch(weights, bits, k, range(len(weights)), 0, (0, 0), None, remove=False)
     else:
         found = _reference(weights, bits, k, range(len(weights)), 0, (0, 0))[0]
@@ -250,7 +261,7 @@ def prune_lowest(
     """
     _check(weights, bits, numbers)
     if on_gpu(weights[0]):
-        with torch.cuda.device(weights[0].device):
+        with torch.cuda.device(weights[0].device), _LAUNCHING:
             _launch(weights, bits, count, numbers, round, key, histogram, remove=True)
     else:
         masks = _reference(weights, bits, count, numbers, round, key)[1]
@@ -271,7 +282,7 @@ def prune_bytes(weights: int, *, ties: bool = False, histogram: bool = False) ->
 
 def aot_cases() -> list[AotCase]:
     """The first pass, a pass over the key, and both ways to clear bits."""
-    sizes = dict.fromkeys(("words", "width", "spatial", "number", "round"), "i32") | {"key0": "i64", "key1": "i64"}
+    sizes = dict.fromkeys(("words", "width", "spatial", "number", "round", "key0", "key1"), "i32")
     tensors = {"weights": "*fp32", "bits": "*i32", "chosen": "*i64"}
     aligned = ("weights", "bits", "chosen", "width")
     return [

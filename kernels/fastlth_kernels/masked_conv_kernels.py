@@ -142,7 +142,7 @@ def forward(
     c = config or choose(OUT, M, 1, x.dtype, IN)
     with device_of(x):
         _forward[(cdiv(OUT, c.rows), cdiv(M, c.columns))](
-            _nhwc(x), _nhwc(w), bits.contiguous(), w if bias is None else bias, y, M, H, W, IN, OUT, P, Q,
+            _nhwc(x), _nhwc(w), bits.contiguous(), w if bias is None else bias.contiguous(), y, M, H, W, IN, OUT, P, Q,
             bits.shape[3], padding, STRIDE=stride, TAPS=kh * kw, TAPS_W=kw, BIAS=bias is not None,
             BLOCK_O=c.rows, BLOCK_M=c.columns, BLOCK_I=c.inner, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip

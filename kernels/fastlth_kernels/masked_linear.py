@@ -185,3 +185,6 @@ def _check(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None) -> None:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"masked_linear: {name} has the shape {tuple(tensor.shape)}, x of {tuple(x.shape)} "
                              f"asks for {shape}")  # fmt: skip
+    if max(x[:1].numel(), w[:1].numel(), x.shape[1] * N) >= 2**31:  # 32-bit offsets within a replicate
+        raise ValueError(f"masked_linear: x of {tuple(x.shape)} and w of {tuple(w.shape)} make 2^31 values or more in "
+                         "one replicate; use smaller batches")  # fmt: skip

@@ -35,7 +35,7 @@ def test_when_the_time_is_over_the_rest_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1.0])
-def test_a_wrong_kernel_is_found_and_nothing_timed(tmp_path, monkeypatch, value):
+def test_a_wrong_kernel_is_found_and_not_timed(tmp_path, monkeypatch, value):
     right = gpu_numerics.masked_linear.masked_linear
 
     def wrong(*arguments):
@@ -44,8 +44,19 @@ def test_a_wrong_kernel_is_found_and_nothing_timed(tmp_path, monkeypatch, value)
 
     monkeypatch.setattr(gpu_numerics.masked_linear, "masked_linear", wrong)
     code, found = run(tmp_path)
-    assert code == 1 and not found["rows"]
+    assert code == 1 and "masked_linear: wrong" in found["left_out"]
+    assert not any("lenet" in row.get("layer", "") for row in found["rows"]) and len(found["rows"]) > 5
     assert {check["check"].split()[0] for check in found["checks"] if not check["passed"]} == {"masked_linear"}
+
+
+def test_a_check_that_cannot_be_made_has_failed_and_the_others_are_made(tmp_path):
+    ledger = gpu.Ledger(tmp_path, torch.device("cpu"), 60.0)
+    ledger.attempt("masked_conv2d 3x3", lambda: 1 / 0)
+    ledger.attempt("bits", lambda: ledger.check("bits", 0.0, 0))
+    written = json.loads((tmp_path / "kernels.json").read_text())["checks"]
+    assert [(c["check"], c["passed"]) for c in written] == [
+        ("masked_conv2d 3x3 cannot run: ZeroDivisionError division by zero", False), ("bits", True)]  # fmt: skip
+    assert not ledger.right("masked_conv2d") and ledger.right("masked_linear", "bits")
 
 
 def test_a_variant_that_fails_is_named_and_the_others_are_timed(tmp_path):

@@ -50,7 +50,7 @@ def _keys(out, width, spatial, number, round, key0, key1, N: tl.constexpr):
 def test_the_key_has_all_its_63_bits(interpreted, shape, key):
     """Keys of a selection hardly ever agree in more than their first 40 bits, so no selection shows the last ones."""
     weight, out = torch.zeros(shape), torch.empty(64, 2, dtype=torch.int64)
-    _keys[(1,)](out, shape[-1], km._spatial(weight), 5, 9, *key, 64)
+    _keys[(1,)](out, shape[-1], km._spatial(weight), 5, 9, *km.signed(key), 64)
     counter = np.arange(64).reshape(shape)
     if len(shape) == 4:  # memory holds OHWI, the counter is the place in OIHW
         o, h, w, i = shape

@@ -26,6 +26,8 @@ GONE = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors
     (torch.OutOfMemoryError(FULL), "out of memory: Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 10 GiB"),
     (torch.AcceleratorError(GONE), "lost: CUDA error: an illegal memory access was encountered"),
     (torch.AcceleratorError("unspecified launch failure"), "lost: unspecified launch failure"),
+    (torch.AcceleratorError("CUDA error: out of memory"), "out of memory: CUDA error: out of memory"),
+    (torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"), None),
     (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "lost: cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "lost: Triton Error [CUDA]: device kernel"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),

@@ -366,8 +366,8 @@ def test_a_graph_replays_without_waiting_and_leaves_the_engine_as_it_was():
     assert_same_bits({n: t.cpu() for n, t in one.weights().items()}, start)
     one.run(0, 1)
     one.rewind(start)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         with host.settings(1):
             one._go_to(0, 0, 0, 0)
             for _ in range(5):

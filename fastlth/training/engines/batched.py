@@ -49,7 +49,8 @@ class BatchedLinear(nn.Module):
         if self.bits is not None:
             y: Tensor = masked_linear(x, self.weight, self.bits, self.bias)
             return y
-        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+        # the weights come first: autograd then makes their gradients in their own layout, and nobody copies them
+        return torch.baddbmm(self.bias[:, :, None], self.weight, x.mT).mT
 
 
 class Apart(nn.Module):

@@ -6,6 +6,7 @@ Several engines share the graph of a step: it forks into a stream for each of th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,13 +42,27 @@ def capture(engines: Sequence[GraphEngine]) -> Captured:
     torch.OutOfMemoryError where a training step does not fit.
     """
     device, pool = engines[0].device, torch.cuda.graph_pool_handle()
-    with _as_before(engines):
+    with _no_collection(), _as_before(engines):
         steps = {size: _training(engines, size, pool) for size in engines[0].batch_sizes}
         for engine in engines:
             engine.net.eval()
         evaluations = [fit_evaluation(e, lambda e=e: _evaluation(e, pool)) for e in engines]  # type: ignore[misc]
     torch.cuda.synchronize(device)
     return Captured(steps, evaluations)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Engines that nobody has any more are collected now: a graph that is destroyed while another is captured ruins the
+    capture (pytorch#161037)."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
@@ -81,8 +96,8 @@ def fit_evaluation(engine: GraphEngine, attempt: Callable[[], Replay]) -> Replay
 
 
 def _training(engines: Sequence[GraphEngine], size: int, pool: Any) -> Replay:
-    stream, *lanes = _streams(engines[0].device, 1 + len(engines))
-    lanes = lanes if len(engines) > 1 else [stream]
+    stream = engines[0].lane("train" if len(engines) == 1 else "fork")
+    lanes = [engine.lane("train") for engine in engines]
     # The step in the graph reads its gradients' addresses from a table, which is written once they are known.
     tables, gradients = [], []
     for engine, lane in zip(engines, lanes, strict=True):
@@ -106,18 +121,12 @@ def _training(engines: Sequence[GraphEngine], size: int, pool: Any) -> Replay:
 
 
 def _evaluation(engine: GraphEngine, pool: Any) -> Replay:
-    (stream,) = _streams(engine.device, 1)
+    stream = engine.lane("evaluate")
     _warmed(engine, lambda: engine.evaluation_step(engine.evaluation_batch), stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         engine.evaluation_step(engine.evaluation_batch)
     return _Graph(graph)
-
-
-def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    """New ones for every capture: a graph that is thrown away takes the libraries' workspaces of its stream along
-    (pytorch#193402)."""
-    return [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 def _warmed(engine: GraphEngine, call: Callable[[], Any], stream: torch.cuda.Stream) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastlth.models import skeleton, weight_names
 from fastlth.models.channels import STEP, decay_keeps_signs, links, removable, work_left
 from fastlth.recipe import Recipe
+from fastlth.training import host
 from fastlth.training.engines.arena import Arena, logical, stored
 
 Flags = NDArray[np.bool_]
@@ -124,7 +125,8 @@ class Compact:
         found = torch.autograd.grad(loss, [p for part in self._parts for p in part.leaves])
         for part in self._parts:
             own, found = found[: len(part.leaves)], found[len(part.leaves) :]
-            part.everywhere.index_copy_(0, part.index, torch.cat([stored(g).reshape(-1) for g in own]))
+            with host.any_order():
+                part.everywhere.index_copy_(0, part.index, torch.cat([stored(g).reshape(-1) for g in own]))
         return self._gradients
 
 

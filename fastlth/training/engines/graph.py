@@ -93,6 +93,7 @@ class GraphEngine:
         if recipe.compute.compile == "on":
             self._loss_and_hits = torch.compile(self._forward, fullgraph=True, dynamic=False)
             self._losses_and_hits = torch.compile(self._forward_each, fullgraph=True, dynamic=False)
+        self._streams: dict[tuple[str, bool], torch.cuda.Stream] = {}
         self.small: compact.Compact | None = None
         self._last: tuple[compact.Compact, Graphs] | None = None
         self._masks: Tensors = {}
@@ -107,6 +108,14 @@ class GraphEngine:
         with self.settings(), torch.enable_grad():
             found = capture([self])
         return {**{f"train {size}": step for size, step in found.steps.items()}, "evaluate": found.evaluations[0]}
+
+    def lane(self, use: str) -> torch.cuda.Stream:
+        """The stream on which graphs for ``use`` are captured, always the same one, and another for a smaller net: a
+        graph that is thrown away takes the libraries' workspaces of its stream along (pytorch#193402)."""
+        of = use, self.small is None
+        if of not in self._streams:
+            self._streams[of] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._streams[of]
 
     @property
     def layers(self) -> dict[str, str]:
@@ -208,8 +217,9 @@ class GraphEngine:
         if self.small is not None:
             self.small.gather()
         row = at[ROW : ROW + 1]
-        self._losses.index_copy_(0, row, loss.detach().float()[None])
-        self._hits.index_copy_(0, row, hits[None])
+        with host.any_order():
+            self._losses.index_copy_(0, row, loss.detach().float()[None])
+            self._hits.index_copy_(0, row, hits[None])
         at += self._advance[size]
         return gradients
 

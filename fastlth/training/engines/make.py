@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ def make_engine(recipe: Recipe, source: Source, share: Share | None = None) -> E
     except torch.OutOfMemoryError:
         if recipe.compute.loader != "resident" or share is not None:
             raise
-    torch.cuda.empty_cache()  # not in the handler, where the failed engine still lives
+    gc.collect()  # not in the handler, where the failed engine still lives; its parts know each other
+    torch.cuda.empty_cache()
     engine = _streamed(recipe, source)
     before = "the graph engine and " if recipe.compute.engine == "graph" else ""
     engine.said.append(f"{recipe.compute.device} has not memory enough for {before}the data set: the dense engine "

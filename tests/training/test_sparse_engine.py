@@ -137,9 +137,9 @@ def test_partial_batches_and_epochs_are_those_of_the_order():
     ours, theirs, _ = pair("kept", **settings)
     ours.run(3, 9)
     theirs.run(3, 9)
-    assert ours._images[:6].tolist() == [48, 48, 16, 48, 48, 48] == theirs._images[:6].tolist()
-    assert ours._hits[:6].tolist() == theirs._hits[:6].tolist()
-    torch.testing.assert_close(ours._losses[:6], theirs._losses[:6], rtol=1e-4, atol=0)
+    assert ours._record.images[:6].tolist() == [48, 48, 16, 48, 48, 48] == theirs._record.images[:6].tolist()
+    assert ours._record.hits[:6].tolist() == theirs._record.hits[:6].tolist()
+    torch.testing.assert_close(ours._record.losses[:6], theirs._record.losses[:6], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("rewind_to", [0, 10])

@@ -22,6 +22,7 @@ from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.training import faults, host
 from fastlth.training.engines.base import Chunk, Tensors
+from fastlth.training.engines.record import Record
 from fastlth.training.evaluate import Scores, evaluate
 from fastlth.training.kept import KeptLayers
 from fastlth.training.optim import MaskedOptimizer
@@ -83,12 +84,7 @@ class DenseEngine:
             )
             for name, s in splits.items()
         }
-        # One row per step since the last evaluation: mean loss, hits, images. Summed in one go when they are
-        # read, so that where a chunk ends cannot change a bit.
-        self._losses = torch.zeros(recipe.evaluate.every, dtype=torch.float32, device=self._device)
-        self._hits = torch.zeros(recipe.evaluate.every, dtype=torch.int64, device=self._device)
-        self._images = torch.zeros(recipe.evaluate.every, dtype=torch.int64)
-        self._filled = torch.zeros((), dtype=torch.int64)
+        self._record = Record.of(recipe.evaluate.every, self._device)
 
     @property
     def layers(self) -> dict[str, str]:
@@ -97,25 +93,18 @@ class DenseEngine:
 
     def run(self, first: int, last: int) -> Chunk:
         """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""
-        train, schedule, row = self._recipe.train, self._recipe.schedule, int(self._filled)
-        begin = row
+        train, schedule, record = self._recipe.train, self._recipe.schedule, self._record
+        rows, iterations = range(record.rows, record.rows + last - first), range(first, last)
         with self._settings():
-            for iteration, batch in zip(range(first, last), self._loader.batches(first, last), strict=True):
+            for row, iteration, batch in zip(rows, iterations, self._loader.batches(first, last), strict=True):
                 self._optimizer.lr.fill_(lr_at(iteration, train.lr, schedule))
-                self._losses[row], self._hits[row] = self._step(batch)
-                self._images[row] = len(batch.labels)
-                row += 1
-        self._filled.fill_(row)
-        bad = (~self._losses[begin:row].isfinite()).nonzero()  # the one host read of a chunk
-        return Chunk(int(self._images[begin:row].sum()), first + int(bad[0]) if len(bad) else None)
+                record.losses[row], record.hits[row] = self._step(batch)
+                record.images[row] = len(batch.labels)
+        record.advance(last - first)
+        return record.chunk(first, last)
 
     def interval(self) -> Scores:
-        rows = int(self._filled)
-        images = self._images[:rows]
-        total = max(int(images.sum()), 1)
-        loss = float((self._losses[:rows].cpu().double() * images).sum()) / total
-        self._filled.zero_()
-        return Scores(loss, int(self._hits[:rows].sum()) / total)
+        return self._record.read()
 
     @torch.no_grad()
     def rewind(self, start: Tensors) -> None:
@@ -126,7 +115,7 @@ class DenseEngine:
         self._zero_pruned()
         self._kept.read_in()
         self._optimizer.reset()
-        self._filled.zero_()
+        self._record.clear()
 
     @torch.no_grad()
     def set_masks(self, masks: Tensors) -> None:
@@ -180,8 +169,7 @@ class DenseEngine:
         return {
             **{f"model/{n}": t for n, t in self.weights().items()},
             **{f"optimizer/{n}": self._kept.whole(_weight(n), t) for n, t in self._optimizer.state.items()},
-            "interval/losses": self._losses, "interval/hits": self._hits,
-            "interval/images": self._images, "interval/filled": self._filled,
+            **self._record.state(),
         }  # fmt: skip
 
     @torch.no_grad()

@@ -45,6 +45,7 @@ class Fleet(graph.GraphEngine):
     def __init__(self, recipes: Sequence[Recipe], source: Source, *, dtype: torch.dtype = torch.float32) -> None:
         self._recipes, self._source = recipes, source
         self.count = count = len(recipes)
+        self._each = (count,)
         splits = [split(len(source.train.labels), r.data.validation, r.seeds.key("split")) for r in recipes]
         self._own_orders = [Order(len(kept), r.train.batch_size, r.train.drop_last, r.seeds.key("order"))
                             for r, (kept, _) in zip(recipes, splits, strict=True)]  # fmt: skip
@@ -76,16 +77,8 @@ class Fleet(graph.GraphEngine):
 
     def _make_counters(self) -> None:
         super()._make_counters()
-        count, every, images = len(self._recipes), self._recipe.evaluate.every, self._order.images
         self.evaluation_batch = min(EVALUATION_BATCH, max(self._sizes.values()))
-        epochs = -(-self._recipe.train.iterations // self._order.iterations_per_epoch)
-        slots = max(1, min(epochs, graph.ORDER_BYTES // (4 * images * count)))
-        self._orders = torch.zeros(slots, count, images, dtype=torch.int32, device=self.device)
-        self._epoch_in = [None] * slots
-        self._lanes = (torch.arange(count, device=self.device) * images)[:, None]
-        self._losses = torch.zeros(every, count, dtype=torch.float32, device=self.device)
-        self._hits = torch.zeros(every, count, dtype=torch.int64, device=self.device)
-        self._totals = torch.zeros(2, count, dtype=torch.float64, device=self.device)
+        self._lanes = (torch.arange(self.count, device=self.device) * self._order.images)[:, None]
 
     def _upload(self, slot: int, epoch: int) -> None:
         rows = np.stack([kept[order.epoch(epoch)] for kept, order in zip(self._kept, self._own_orders, strict=True)])
@@ -121,13 +114,13 @@ class Fleet(graph.GraphEngine):
     # What members ask for
 
     def _make(self, first: int, last: int, who: Collection[int]) -> None:
-        (before,) = {self.members[r].filled for r in who}
-        self._filled.fill_(before)
+        (before,) = {self.members[r].record.rows for r in who}
+        self.record.filled.fill_(before)
         self.forget_scores()
         self.advance(first, last)
         self.wait()
         for r in who:
-            self.members[r].filled = int(self._filled)
+            self.members[r].record.advance(last - first)
 
     def part(self, name: str, tensor: Tensor, replicate: int) -> Tensor:
         """A replicate's part of a tensor that lies as the parameter ``name`` does, of its own net's shape."""
@@ -143,11 +136,6 @@ class Fleet(graph.GraphEngine):
     def forget_scores(self) -> None:
         self._scores.clear()
 
-    @property
-    def record(self) -> dict[str, Tensor]:
-        """One row per step since the last evaluation: losses and hits [steps, R], images [steps]."""
-        return {"losses": self._losses, "hits": self._hits, "images": self._images}
-
     def _evaluate_all(self, split: str, images: int | None) -> list[Scores]:
         count = self._accumulate(split, images)
         return [Scores(loss / count, hits / count) for loss, hits in self._totals.T.tolist()]
@@ -162,8 +150,7 @@ class FleetMember:
         self._fleet, self._r, self.in_step = fleet, replicate, fleet.in_step
         self.weight_names, self.prunable, self.layers = fleet.weight_names, fleet.prunable, fleet.layers
         self.said = fleet.said if replicate == 0 else []
-        self.filled = 0
-        """steps since the last ``interval`` or rewind"""
+        self.record = fleet.record.replicate(replicate)
 
     def rewind(self, start: Tensors) -> None:
         fleet = self._fleet
@@ -174,7 +161,7 @@ class FleetMember:
                 moments.zero_()
             fleet.arena.zero_pruned()
             fleet.forget_scores()
-        self.filled = 0
+        self.record.clear()
 
     def set_masks(self, masks: Tensors) -> None:
         fleet, r = self._fleet, self._r
@@ -188,23 +175,13 @@ class FleetMember:
             fleet.arena.zero_pruned()
 
     def run(self, first: int, last: int) -> Chunk:
-        fleet = self._fleet
         seconds = self.in_step.run(self._r, first, last)
-        begin = self.filled - (last - first)
-        with fleet.turn:
-            bad = (~fleet.record["losses"][begin : self.filled, self._r].isfinite()).nonzero()
-            images = int(fleet.record["images"][begin : self.filled].sum())
-        return Chunk(images, first + int(bad[0]) if len(bad) else None, seconds)
+        with self._fleet.turn:
+            return self.record.chunk(first, last, seconds)
 
     def interval(self) -> Scores:
-        fleet, rows = self._fleet, self.filled
-        self.filled = 0
-        with fleet.turn:
-            images = fleet.record["images"][:rows]
-            total = max(int(images.sum()), 1)
-            losses = fleet.record["losses"][:rows, self._r].cpu().double()
-            hits = int(fleet.record["hits"][:rows, self._r].sum())
-        return Scores(float((losses * images).sum()) / total, hits / total)
+        with self._fleet.turn:
+            return self.record.read()
 
     def evaluate(self, split: str, images: int | None = None) -> Scores:
         return self._fleet.scores(self._r, split, images)
@@ -218,13 +195,11 @@ class FleetMember:
         return {n: self._fleet.part(n.rsplit("/", 1)[0], t, self._r) if t.dim() else t for n, t in state.items()}
 
     def state(self) -> dict[str, Tensor]:
-        fleet, r = self._fleet, self._r
-        record = {n: t[:, r] if t.dim() > 1 else t for n, t in fleet.record.items()}
         return {
             **{f"model/{n}": t for n, t in self.weights().items()},
             **{f"optimizer/{n}": t for n, t in self._optimizer().items()},
-            **{f"interval/{n}": t for n, t in record.items()}, "interval/filled": torch.tensor(self.filled),
-        }  # fmt: skip
+            **self.record.state(),
+        }
 
     def load_state(self, state: Tensors) -> None:
         with self._fleet.turn, torch.no_grad():
@@ -232,7 +207,6 @@ class FleetMember:
                 tensor.copy_(state[name])
             self._fleet.arena.refresh()
             self._fleet.forget_scores()
-        self.filled = int(state["interval/filled"])
 
     def __enter__(self) -> FleetMember:
         return self

@@ -11,6 +11,7 @@ On other devices the same functions are called without a graph: slower than the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -35,6 +36,7 @@ from fastlth.training import faults, host
 from fastlth.training.engines import compact
 from fastlth.training.engines.arena import Arena
 from fastlth.training.engines.base import Chunk, Tensors
+from fastlth.training.engines.record import Record
 from fastlth.training.evaluate import Scores
 from fastlth.training.schedule import lr_at
 
@@ -67,6 +69,8 @@ class GraphEngine:
     precision) is for tests."""
 
     name = "graph"
+    _each: tuple[int, ...] = ()
+    """(R,) where R replicates are trained as one: what orders, record and totals have of each"""
 
     def __init__(
         self, recipe: Recipe, order: Order, splits: dict[str, Images], *, dtype: torch.dtype = torch.float32
@@ -141,14 +145,14 @@ class GraphEngine:
 
     def _make_counters(self) -> None:
         recipe, order, device = self._recipe, self._order, self.device
-        train, every = recipe.train, recipe.evaluate.every
+        train = recipe.train
         last = min(train.batch_size, order.images - (order.iterations_per_epoch - 1) * train.batch_size)
         self.batch_sizes = sorted({train.batch_size, last}, reverse=True)
         """of a step: the whole batch, and an epoch's last one where that is smaller"""
         self.evaluation_batch = min(EVALUATION_BATCH, max(self._sizes.values()))
         epochs = -(-train.iterations // order.iterations_per_epoch)
-        slots = max(1, min(epochs, ORDER_BYTES // (4 * order.images)))
-        self._orders = torch.zeros(slots, order.images, dtype=torch.int32, device=device)
+        slots = max(1, min(epochs, ORDER_BYTES // (4 * order.images * math.prod(self._each))))
+        self._orders = torch.zeros(slots, *self._each, order.images, dtype=torch.int32, device=device)
         self._epoch_in: list[int | None] = [None] * slots
         rates = [lr_at(i, train.lr, recipe.schedule) for i in range(train.iterations)]
         self._rates = torch.tensor(rates, dtype=self.arena.settings.dtype, device=device)
@@ -156,13 +160,9 @@ class GraphEngine:
         self._advance = {b: torch.tensor([1, 0, b, b, 1], device=device) for b in self.batch_sizes}
         self._span = torch.arange(max(train.batch_size, self.evaluation_batch), device=device)
         self._zero = torch.zeros((), dtype=torch.int64, device=device)
-        # One row per step since the last evaluation, summed when they are read: where a chunk ends changes no bit.
-        self._losses = torch.zeros(every, dtype=torch.float32, device=device)
-        self._hits = torch.zeros(every, dtype=torch.int64, device=device)
-        self._images = torch.zeros(every, dtype=torch.int64)
-        self._filled = torch.zeros((), dtype=torch.int64)
+        self.record = Record.of(recipe.evaluate.every, device, self._each)
         self._window = torch.zeros(2, dtype=torch.int64, device=device)  # of an evaluation: next image, end
-        self._totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, hits
+        self._totals = torch.zeros(2, *self._each, dtype=torch.float64, device=device)  # loss, hits
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -218,8 +218,8 @@ class GraphEngine:
             self.small.gather()
         row = at[ROW : ROW + 1]
         with host.any_order():
-            self._losses.index_copy_(0, row, loss.detach().float()[None])
-            self._hits.index_copy_(0, row, hits[None])
+            self.record.losses.index_copy_(0, row, loss.detach().float()[None])
+            self.record.hits.index_copy_(0, row, hits[None])
         at += self._advance[size]
         return gradients
 
@@ -240,7 +240,7 @@ class GraphEngine:
     def run(self, first: int, last: int) -> Chunk:
         """At most ``evaluate.every`` steps since the last ``interval`` or rewind. One host read, at the end."""
         self.advance(first, last)
-        return self.chunk(first, last)
+        return self.record.chunk(first, last)
 
     def advance(self, first: int, last: int) -> None:
         """The steps, and nothing read back."""
@@ -255,25 +255,18 @@ class GraphEngine:
 
     def ready(self, first: int, last: int) -> Iterator[int]:
         """For each of the steps its batch size, when the counters are those it needs."""
-        iteration, row = first, int(self._filled)
+        iteration, row = first, self.record.rows
         while iteration < last:
             epoch, position, _ = self._order.place(iteration)
             self._go_to(iteration, epoch, position, row)
             stop = min(last, (epoch + 1) * self._order.iterations_per_epoch)
             for i in range(iteration, stop):
                 _, start, end = self._order.place(i)
-                self._images[row] = end - start
+                self.record.images[row] = end - start
                 yield end - start
                 row += 1
             iteration = stop
-        self._filled.fill_(row)
-
-    def chunk(self, first: int, last: int) -> Chunk:
-        """What the record says of the steps [first, last), the latest ones: the one host read of a chunk."""
-        end = int(self._filled)
-        begin = end - (last - first)
-        bad = (~self._losses[begin:end].isfinite()).nonzero()
-        return Chunk(int(self._images[begin:end].sum()), first + int(bad[0]) if len(bad) else None)
+        self.record.advance(last - first)
 
     def _play(self, name: str, step: Callable[[int], object], size: int) -> None:
         graph = self._graphs.get(name)
@@ -295,16 +288,11 @@ class GraphEngine:
         self._orders[slot].copy_(on_device(torch.tensor(self._order.epoch(epoch)), self.device))
 
     def interval(self) -> Scores:
-        rows = int(self._filled)
-        images = self._images[:rows]
-        total = max(int(images.sum()), 1)
-        loss = float((self._losses[:rows].cpu().double() * images).sum()) / total
-        self.forget()
-        return Scores(loss, int(self._hits[:rows].sum()) / total)
+        return self.record.read()
 
     def forget(self) -> None:
         """The record of steps begins anew."""
-        self._filled.zero_()
+        self.record.clear()
 
     def evaluate(self, split: str, images: int | None = None) -> Scores:
         count = self._accumulate(split, images)
@@ -330,7 +318,7 @@ class GraphEngine:
         self.arena.restore(start)
         for name, buffer in self._buffers.items():
             buffer.copy_(start[name])
-        self._filled.zero_()
+        self.record.clear()
         self._leave_out(compact.needed(self._recipe, self._masks, start))
 
     def _leave_out(self, stays: compact.Stays | None) -> None:
@@ -378,8 +366,7 @@ class GraphEngine:
         return {
             **{f"model/{n}": t for n, t in self.weights().items()},
             **{f"optimizer/{n}": t for n, t in self.arena.state.items()},
-            "interval/losses": self._losses, "interval/hits": self._hits,
-            "interval/images": self._images, "interval/filled": self._filled,
+            **self.record.state(),
         }  # fmt: skip
 
     @torch.no_grad()
@@ -397,5 +384,5 @@ class GraphEngine:
 
     def changing(self) -> list[Tensor]:
         """Every tensor that a step or an evaluation changes: what a warm-up has to give back."""
-        return [*self.arena.flat.values(), self.arena.settings, *self._buffers.values(), self._at, self._losses,
-                self._hits, self._window, self._totals, self._orders]  # fmt: skip
+        return [*self.arena.flat.values(), self.arena.settings, *self._buffers.values(), self._at,
+                self.record.losses, self.record.hits, self._window, self._totals, self._orders]  # fmt: skip

@@ -23,6 +23,7 @@ from fastlth.models import build, skeleton, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.training.engines.base import Chunk, Tensors
+from fastlth.training.engines.record import Record
 from fastlth.training.evaluate import Scores
 from fastlth.training.schedule import lr_at
 
@@ -101,11 +102,7 @@ class SparseEngine:
         self._layout: dict[str, bool] = {}
         self._net = self._laid_out()
         self._write(start)
-        # One row per step since the last evaluation, as in the dense engine.
-        self._losses = torch.zeros(recipe.evaluate.every, dtype=torch.float32)
-        self._hits = torch.zeros(recipe.evaluate.every, dtype=torch.int64)
-        self._images = torch.zeros(recipe.evaluate.every, dtype=torch.int64)
-        self._filled = torch.zeros((), dtype=torch.int64)
+        self._record = Record.of(recipe.evaluate.every)
 
     @property
     def layers(self) -> dict[str, str]:
@@ -134,22 +131,21 @@ class SparseEngine:
         for slot in self._slots.values():
             self._net.clear(slot)
         self._steps = 0
-        self._filled.zero_()
+        self._record.clear()
 
     def run(self, first: int, last: int) -> Chunk:
-        train, schedule, row = self._recipe.train, self._recipe.schedule, int(self._filled)
+        train, schedule, record = self._recipe.train, self._recipe.schedule, self._record
         chosen, bounds = self._batches(first, last)
         rates = np.array([lr_at(i, train.lr, schedule) for i in range(first, last)])
         pixels, labels = self._splits["train"]
         losses, hits = self._net.train(self._mlp.Images(pixels, labels, chosen), bounds, rates, self._steps)
         self._steps += last - first
-        rows = slice(row, row + last - first)
-        self._losses[rows] = torch.from_numpy(losses)
-        self._hits[rows] = torch.from_numpy(hits)
-        self._images[rows] = torch.from_numpy(np.diff(bounds))
-        self._filled.fill_(rows.stop)
-        bad = np.flatnonzero(~np.isfinite(losses))
-        return Chunk(int(bounds[-1]), first + int(bad[0]) if len(bad) else None)
+        rows = slice(record.rows, record.rows + last - first)
+        record.losses[rows] = torch.from_numpy(losses)
+        record.hits[rows] = torch.from_numpy(hits)
+        record.images[rows] = torch.from_numpy(np.diff(bounds))
+        record.advance(last - first)
+        return record.chunk(first, last)
 
     def _batches(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Images of the iterations [first, last), and where each batch begins and ends among them."""
@@ -166,12 +162,7 @@ class SparseEngine:
         return chosen.astype(np.int64), np.array(bounds)
 
     def interval(self) -> Scores:
-        rows = int(self._filled)
-        images = self._images[:rows]
-        total = max(int(images.sum()), 1)
-        loss = float((self._losses[:rows].double() * images).sum()) / total
-        self._filled.zero_()
-        return Scores(loss, int(self._hits[:rows].sum()) / total)
+        return self._record.read()
 
     def evaluate(self, split: str, images: int | None = None) -> Scores:
         pixels, labels = self._splits[split]
@@ -190,8 +181,7 @@ class SparseEngine:
         return {
             **{f"model/{n}": t for n, t in self.weights().items()},
             **{f"optimizer/{n}/{slot}": t for slot, tensors in moments.items() for n, t in tensors.items()},
-            "interval/losses": self._losses, "interval/hits": self._hits,
-            "interval/images": self._images, "interval/filled": self._filled,
+            **self._record.state(),
         }  # fmt: skip
 
     def load_state(self, state: Tensors) -> None:
@@ -201,8 +191,8 @@ class SparseEngine:
             self._write({n: state[f"optimizer/{n}/{slot}"] for n in names}, place)
         if self._recipe.train.optimizer != "sgd":
             self._steps = int(state[f"optimizer/{names[0]}/step"])
-        for name in ("losses", "hits", "images", "filled"):
-            getattr(self, f"_{name}").copy_(state[f"interval/{name}"])
+        for name, tensor in self._record.state().items():
+            tensor.copy_(state[name])
 
     def _read(self, place: str) -> dict[str, Tensor]:
         tensors = {}

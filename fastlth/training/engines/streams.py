@@ -58,7 +58,7 @@ class Streams:
     def _make(self, first: int, last: int, who: Collection[int]) -> None:
         for r, engine in enumerate(self.engines):
             if r not in who:  # it trains along, and nobody looks at its record
-                engine.forget()
+                engine.record.clear()
         self.advance(first, last)
         self.wait()
 
@@ -79,7 +79,7 @@ class Streams:
     def forget(self) -> None:
         """The record of steps begins anew."""
         for engine in self.engines:
-            engine.forget()
+            engine.record.clear()
 
 
 class _Lane(GraphEngine):
@@ -120,7 +120,7 @@ class StreamMember:
     def run(self, first: int, last: int) -> Chunk:
         seconds = self.in_step.run(self._r, first, last)
         with self.in_step.turn:
-            return dataclasses.replace(self._engine.chunk(first, last), seconds=seconds)
+            return self._engine.record.chunk(first, last, seconds)
 
     def interval(self) -> Scores:
         with self.in_step.turn:

@@ -48,3 +48,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(module, name)
     globals()[name] = value  # next time without this function
     return value
+
+
+def __dir__() -> list[str]:
+    return __all__

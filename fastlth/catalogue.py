@@ -109,7 +109,7 @@ ACTIONS_VERSION = 1
 
 def dataset_name(name: str) -> str:
     """Canonical name of a data set, ours or one that ``specs`` can follow. Raises RecipeError for an unknown one."""
-    canonical = DATASET_ALIASES.get(name, name)
+    canonical = DATASET_ALIASES.get(name.lower(), name.lower())
     if canonical in DATASETS:
         return canonical
     return _own("dataset", name, DATASETS, OTHER_DATASETS)
@@ -117,7 +117,7 @@ def dataset_name(name: str) -> str:
 
 def model_name(name: str) -> str:
     """Canonical name of a model, ours or one that ``specs`` can follow. Raises RecipeError for an unknown one."""
-    canonical = MODEL_ALIASES.get(name, name)
+    canonical = MODEL_ALIASES.get(name.lower(), name.lower())
     if canonical in MODELS or lenet_widths(canonical) is not None:
         return canonical
     return _own("model", name, MODELS, OTHER_MODELS)

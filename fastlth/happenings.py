@@ -20,6 +20,8 @@ class Started:
     measured: Mapping[str, float]
     """images/s of the candidates that were timed to replace ``auto``"""
     rounds_done: int
+    iteration: int
+    """steps already made of the round at which it goes on"""
     resumed: bool
     moved: str | None
     """what is not as it was when the run began, so that its bits may differ from here on"""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from fastlth import sinks, together
 from fastlth.analysis import collapses, layer_records, net_units
-from fastlth.composition import with_own
+from fastlth.composition import Composed, with_own
 from fastlth.data.sources import Source, load_for
 from fastlth.errors import RecipeError, Stopped
 from fastlth.happenings import Beside, Happening, Notice, Show, Started, Tell
@@ -51,7 +51,7 @@ Answer = TypeVar("Answer")
 
 
 def run(
-    recipe: Recipe, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
+    recipe: Recipe | Composed, *, out: str | Path = "runs", data_dir: str | Path | None = None, replicates: int = 1,
     fresh: bool = False, log: Sequence[str] = (), show: Show = lambda _: None,
     stopped: Callable[[], int | None] = lambda: None, resolved: Mapping[str, Any] | None = None,
     model: str | Callable[..., Any] | None = None, data: str | Callable[..., Any] | None = None,
@@ -67,14 +67,15 @@ def run(
     take the place of the recipe's: functions, or their names (docs/own-nets.md). ``team`` is what ``processes`` gives:
     with it they train each net together.
     """
+    if isinstance(recipe, Composed):
+        recipe = recipe.recipe
     recipe = with_own(recipe, model, data)
     check(recipe, team)
     log = sinks.check(log)
     source = load_for(recipe.data, data_dir)
-    seeds = [dataclasses.replace(recipe.seeds, base=recipe.seeds.base + r) for r in range(replicates)]
     with ExitStack() as opened:
         directories = [
-            opened.enter_context(Run.open(Path(out), dataclasses.replace(recipe, seeds=s), fresh=fresh)) for s in seeds
+            opened.enter_context(Run.open(Path(out), recipe.replicate(r), fresh=fresh)) for r in range(replicates)
         ]
         searches = _Searches(directories, source, resolved, log, show, stopped, data_dir, team)
         return Search(recipe, tuple(searches.all()))
@@ -247,7 +248,8 @@ def _run_one(
     made: Engine | None = (
         member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
     )
-    show(Started(directory.path, recipe, compute, measured, len(rounds), bool(ticket or state), moved, replicate))
+    at = int(state.info["progress"]["iteration"]) if state else 0
+    show(Started(directory.path, recipe, compute, measured, len(rounds), at, bool(ticket or state), moved, replicate))
     with (
         MetricsFile(directory.metrics_path) as metrics,
         sinks.Sinks(log, directory.path, recipe, lambda text: show(Notice(text))) as others,

@@ -18,11 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastlth import copies
 from fastlth import masks as mask_tools
 from fastlth.composition import with_own
+from fastlth.copies import Arrays
 from fastlth.data.sources import Source, load_for
 from fastlth.errors import DivergedError
-from fastlth.pruning import Gradients, actions, layer_rates, prune
+from fastlth.masks import Masks
+from fastlth.pruning import actions, layer_rates, prune
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.store.run import State
 from fastlth.store.ticket import Ticket
@@ -32,8 +35,6 @@ from fastlth.training.engines.make import make_engine, make_splits
 from fastlth.training.gradients import gradients
 from fastlth.training.resolve import resolve
 from fastlth.training.trainer import ChunkDone, Evaluated, Progress, train
-
-Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -95,69 +96,105 @@ def find_tickets(
     compute = compute or resolve(recipe, lambda candidate: make_engine(candidate, images)).compute
     settled = dataclasses.replace(recipe, compute=compute)
     engine = engine or make_engine(settled, images)
-    weights = {n: engine.weights()[n] for n in engine.weight_names}
-    numbers = {n: i for i, n in enumerate(weights)}
-    all_weights = sum(w.numel() for w in weights.values())
-    prunable = {n: weights[n] for n in layer_rates(weights, recipe.prune)}
+    found = _Found(recipe, settled, images, engine, ticket)
 
-    rewind = _arrays(engine.weights())  # theta0, until round 0 passes the rewind point
-    pruned_at = {n: np.zeros(w.shape, np.uint8) for n, w in prunable.items()}
-    zero_from = {n: torch.zeros(w.shape, dtype=torch.uint8) for n, w in prunable.items() if recipe.prune.zeroes}
-    key = recipe.seeds.key("prune")
-    results: list[Mapping[str, Any]] = []
-    if ticket is not None:
-        rewind, results = dict(ticket.rewind), list(ticket.rounds)
-        pruned_at = {n: at.copy() for n, at in ticket.pruned_at.items()}
-        zero_from = _tensors(ticket.fill)
-    masks = {n: torch.from_numpy(pruned_at[n] == 0).to(w.device) for n, w in prunable.items()}
-
-    while not over(recipe, results):
-        round = len(results)
+    while not over(recipe, found.results):
+        round = len(found.results)
         progress = Progress(recipe.prune.rewind_to if round else 0)
-        start = actions.start(recipe.prune, _tensors(rewind), masks, zero_from, numbers=numbers, round=round, key=key)
+        masks = found.masks()
+        start = found.start(masks)
         engine.set_masks(mask_tools.full(masks) if recipe.prune.trains_pruned else masks)
         engine.rewind(start)
-        bird = None
-        if recipe.prune.early_bird:
-            draw = functools.partial(prune, recipe.prune, masks, start, numbers=numbers, round=round + 1, key=key,
-                                     gradients=_gradients(settled, images, start))  # fmt: skip
-            bird = EarlyBird(recipe.prune.early_bird, recipe.train.iterations_per_epoch(recipe.data.train_images),
-                             masks, draw, not_before=recipe.prune.rewind_to)  # fmt: skip
+        bird = found.early_bird(masks, start) if recipe.prune.early_bird else None
         if state is not None:
             if bird is not None:
                 bird.load_state(state.arrays)
-            engine.load_state(_tensors(state.arrays))
+            engine.load_state(copies.tensors(state.arrays))
             progress = Progress.from_json(state.info["progress"])
-            rewind = _with_prefix("rewind/", state.arrays) or rewind
+            found.rewind = _with_prefix("rewind/", state.arrays) or found.rewind
             state = None
-        kept = mask_tools.kept(masks)
-        unpruned = all_weights - sum(w.numel() for w in prunable.values())
-        density = (kept + unpruned) / all_weights
-        yield RoundStarted(round, kept, all_weights - unpruned, density, progress.iteration)
+        kept, prunable, density = found.counts(masks)
+        yield RoundStarted(round, kept, prunable, density, progress.iteration)
         yield from _said(engine)
 
         for event in _training(engine, recipe, progress, round, bird):
             if round == 0 and recipe.prune.rewind_to and event == ChunkDone(recipe.prune.rewind_to):
-                rewind = _arrays(engine.weights())
-            yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, rewind, bird))
+                found.rewind = copies.arrays(engine.weights())
+            yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, found.rewind, bird))
             yield from _said(engine)
 
-        initial = start if round else _tensors(rewind)  # theta_k also where round 0 began earlier
-        new = prune(recipe.prune, masks, initial, engine.weights(), numbers=numbers, round=round + 1, key=key,
-                    gradients=_gradients(settled, images, initial))  # fmt: skip
-        zero_from = actions.zeroed(recipe.prune, zero_from, masks, new, initial, engine.weights(),
-                                   numbers=numbers, round=round + 1, key=key)  # fmt: skip
+        # theta_k also where round 0 began earlier
+        found.prune(masks, start if round else copies.tensors(found.rewind), engine.weights())
+        found.results.append(round_result(engine, recipe, progress, round, density, kept))
+        yield RoundFinished(round, found.results[-1], found.ticket(), lambda: copies.arrays(engine.weights()))
+
+
+class _Found:
+    """What a search has found so far: theta_k, after which round each weight went, and every round's result."""
+
+    def __init__(self, recipe: Recipe, settled: Recipe, source: Source, engine: Engine, ticket: Ticket | None) -> None:
+        """``settled`` is the recipe without ``auto``; a search that goes on has a ``ticket``."""
+        self._recipe, self._settled, self._source = recipe, settled, source
+        weights = {n: engine.weights()[n] for n in engine.weight_names}
+        prunable = {n: weights[n] for n in layer_rates(weights, recipe.prune)}
+        self._device = weights[engine.weight_names[0]].device
+        self._numbers = {n: i for i, n in enumerate(weights)}
+        self._key = recipe.seeds.key("prune")
+        self._all_weights = sum(w.numel() for w in weights.values())
+        self.rewind = copies.arrays(engine.weights())
+        """theta_k: until round 0 passes the rewind point theta0"""
+        self._pruned_at = {n: np.zeros(w.shape, np.uint8) for n, w in prunable.items()}
+        zeroes = recipe.prune.zeroes
+        self._zero_from = {n: torch.zeros(w.shape, dtype=torch.uint8) for n, w in prunable.items() if zeroes}
+        self.results: list[dict[str, Any]] = []
+        if ticket is not None:
+            self.rewind, self.results = dict(ticket.rewind), [dict(r) for r in ticket.rounds]
+            self._pruned_at = {n: at.copy() for n, at in ticket.pruned_at.items()}
+            self._zero_from = copies.tensors(ticket.fill)
+
+    def masks(self) -> Masks:
+        """Of the next round, on the engine's device."""
+        return {n: torch.from_numpy(at == 0).to(self._device) for n, at in self._pruned_at.items()}
+
+    def counts(self, masks: Masks) -> tuple[int, int, float]:
+        """Prunable weights kept, all of them, and the density (kept / all weights)."""
+        kept, prunable = mask_tools.kept(masks), sum(m.numel() for m in masks.values())
+        return kept, prunable, (kept + self._all_weights - prunable) / self._all_weights
+
+    def start(self, masks: Masks) -> dict[str, Tensor]:
+        """What the next round starts with: every parameter and buffer."""
+        return actions.start(self._recipe.prune, copies.tensors(self.rewind), masks, self._zero_from,
+                             numbers=self._numbers, round=len(self.results), key=self._key)  # fmt: skip
+
+    def early_bird(self, masks: Masks, start: Mapping[str, Tensor]) -> EarlyBird:
+        """What watches the mask that the round is heading for."""
+        prune, epoch = self._recipe.prune, self._recipe.train.iterations_per_epoch(self._recipe.data.train_images)
+        draw = functools.partial(self._pruned, masks, start)
+        return EarlyBird(prune.early_bird, epoch, masks, draw, not_before=prune.rewind_to)
+
+    def prune(self, masks: Masks, initial: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+        """The round that ended is pruned; ``initial`` and ``trained`` are its weights before and after."""
+        new, round = self._pruned(masks, initial, trained), len(self.results) + 1
+        self._zero_from = actions.zeroed(self._recipe.prune, self._zero_from, masks, new, initial, trained,
+                                         numbers=self._numbers, round=round, key=self._key)  # fmt: skip
         for name, mask in masks.items():
-            pruned_at[name][(mask & ~new[name]).cpu().numpy()] = round + 1
-        masks = new
-        result = round_result(engine, recipe, progress, round, density, kept)
-        results.append(result)
-        found = Ticket(
-            recipe=recipe, resolved={}, rewind=rewind, rewind_iteration=recipe.prune.rewind_to,
-            pruned_at={n: at.copy() for n, at in pruned_at.items()}, fill=_arrays(zero_from), rounds=tuple(results),
-            all_weights=all_weights,
+            self._pruned_at[name][(mask & ~new[name]).cpu().numpy()] = round
+
+    def _pruned(self, masks: Masks, initial: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Masks:
+        def of_loss() -> dict[str, Tensor]:
+            return gradients(self._settled, make_splits(self._settled, self._source)["train"], initial)
+
+        return prune(self._recipe.prune, masks, initial, trained, numbers=self._numbers,
+                     round=len(self.results) + 1, key=self._key, gradients=of_loss)  # fmt: skip
+
+    def ticket(self) -> Ticket:
+        """All of it, in copies."""
+        prune = self._recipe.prune
+        return Ticket(
+            recipe=self._recipe, resolved={}, rewind=self.rewind, rewind_iteration=prune.rewind_to,
+            pruned_at={n: at.copy() for n, at in self._pruned_at.items()}, fill=copies.arrays(self._zero_from),
+            rounds=tuple(self.results), all_weights=self._all_weights,
         )  # fmt: skip
-        yield RoundFinished(round, result, found, lambda: _arrays(engine.weights()))
 
 
 def asked(recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
@@ -189,6 +226,12 @@ def winning_round(replicates: Sequence[Sequence[Mapping[str, Any]]]) -> int | No
         if mean(accuracy, k) >= mean(accuracy, 0) and mean(iteration, k) <= mean(iteration, 0)
     ]
     return max(winners, default=None)
+
+
+def winning_or_last(rounds: Sequence[Mapping[str, Any]]) -> int:
+    """The round that is meant where none is named: the winning ticket's, or the last one if there is none."""
+    winner = winning_round([rounds])
+    return max(len(rounds) - 1, 0) if winner is None else winner
 
 
 def _said(engine: Engine) -> Iterator[Said]:
@@ -234,22 +277,10 @@ def round_result(
 def _state(
     engine: Engine, progress: Progress, round: int, recipe: Recipe, rewind: Arrays, bird: EarlyBird | None
 ) -> State:
-    arrays = _arrays(engine.state()) | (bird.state() if bird else {})
+    arrays = copies.arrays(engine.state()) | (bird.state() if bird else {})
     if round == 0 and 0 < recipe.prune.rewind_to <= progress.iteration:  # theta_k is in no ticket yet
         arrays |= {f"rewind/{n}": a for n, a in rewind.items()}
     return State(arrays=arrays, info={"round": round, "progress": progress.to_json()})
-
-
-def _gradients(recipe: Recipe, data: Source, values: Mapping[str, Tensor]) -> Gradients:
-    return lambda: gradients(recipe, make_splits(recipe, data)["train"], values)
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
-    return {n: t.detach().to("cpu", copy=True).contiguous().numpy() for n, t in tensors.items()}
-
-
-def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
-    return {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
 
 
 def _with_prefix(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> Arrays:

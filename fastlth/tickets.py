@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fastlth import copies
 from fastlth.errors import RecipeError
 from fastlth.masks import Masks
 from fastlth.models import build, loaded, skeleton, state, weight_names
@@ -30,6 +30,12 @@ class LoadedTicket:
     folder: Path
     """where it was read from"""
 
+    def __repr__(self) -> str:
+        """In a line: a notebook shows it."""
+        recipe, last = self.recipe, max(len(self.rounds) - 1, 0)
+        return (f"<ticket of {recipe.model.name} on {recipe.data.name}, seed {recipe.seeds.base}: rounds 0 to {last}, "
+                f"density {self.file.density(last):.2%}, in {self.folder}>")  # fmt: skip
+
     @property
     def recipe(self) -> Recipe:
         """The recipe of the search that found it."""
@@ -46,7 +52,7 @@ class LoadedTicket:
 
     def rewind(self) -> dict[str, Tensor]:
         """theta_k: every parameter and buffer, unmasked."""
-        return {name: torch.from_numpy(np.array(a)) for name, a in self.file.rewind.items()}
+        return copies.tensors(self.file.rewind)
 
     def start(self, round: int) -> dict[str, Tensor]:
         """What a round starts with: every parameter and buffer, kept weights as the mask-1 action makes them from
@@ -69,7 +75,7 @@ class LoadedTicket:
     def trained(self, round: int) -> nn.Module:
         """The net as the round's training left it. Raises TicketError unless the search kept its weights."""
         arrays = weights.load(self.folder, round, self.file.trained_mask(round), self.recipe.digest)
-        values = {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+        values = copies.tensors(arrays)
         if self.recipe.prune.fills:
             start = self.start(round)
             values |= {name: torch.where(m, values[name], start[name]) for name, m in self.mask(round).items()}

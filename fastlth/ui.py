@@ -65,13 +65,15 @@ class View:
 
     def __init__(self, console: Console, header: str = "", shorter: str = "") -> None:
         self._console, self._header, self._shorter = console, header, shorter
-        self._progress = Progress(
-            TextColumn("round {task.fields[round]}/{task.fields[rounds]}  density {task.fields[density]:.2%}"),
-            BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} it"),
-            TextColumn("{task.fields[rate]:,.0f} images/s  {task.fields[accuracy]}"), _TimeLeft(),
+        self._progress = Progress(  # 80 columns hold all of it
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]} {task.fields[density]:.1%}"),
+            BarColumn(12), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"), _TimeLeft(),
+            TextColumn("{task.fields[rate]:,.0f} images/s {task.fields[accuracy]}"),
             console=console, transient=True,
         )  # fmt: skip
-        self._task = self._progress.add_task("", round=0, rounds=0, density=1.0, rate=0.0, accuracy="", left=None)
+        self._task = self._progress.add_task(
+            "", round=0, rounds=0, density=1.0, rate=0.0, accuracy="", left=None, visible=False
+        )
         self._pace = _Pace()
         self._said_long = False
         self._line_at = time.monotonic()
@@ -79,6 +81,7 @@ class View:
 
     def __enter__(self) -> View:
         if self._console.is_terminal:
+            self._print("reading the data; what is still auto is timed")
             self._progress.start()
         return self
 
@@ -107,7 +110,7 @@ class View:
     def _started(self, event: Started) -> None:
         recipe = event.recipe
         self._pace = _Pace(recipe.train.iterations, recipe.prune.rounds, recipe.prune.rewind_to)
-        self._progress.update(self._task, rounds=recipe.prune.rounds, total=recipe.train.iterations)
+        self._progress.update(self._task, rounds=recipe.prune.rounds, total=recipe.train.iterations, visible=True)
         if event.replicate[0] == 0 and self._header:
             self._print(self._header)
             self._header = ""  # once, also where several searches follow each other
@@ -139,7 +142,8 @@ class View:
         if event.measured:
             self._print("timed: " + "; ".join(f"{k} {v:,.0f} images/s" for k, v in event.measured.items()))
         if event.resumed:
-            self._print(f"going on after {event.rounds_done} finished rounds")
+            where = f", at iteration {event.iteration:,} of the next" if event.iteration else ""
+            self._print(f"going on after {counted(event.rounds_done, 'finished round')}{where}")
         if event.moved:
             self._print(f"not as it was when this run began ({event.moved}): bits may differ from here on")
 
@@ -169,7 +173,8 @@ class View:
                 self._print(f"seed {beside.seed}  {event.text}")
         left = race.seconds_left()
         lowest, rate = min(race.rounds.values(), default=0), sum(race.rates.values())
-        self._progress.update(self._task, round=lowest, total=race.total, completed=race.done, rate=rate, left=left)
+        self._progress.update(self._task, round=lowest, total=race.total, completed=race.done, rate=rate, left=left,
+                              visible=True)  # fmt: skip
         if not self._console.is_terminal and time.monotonic() - self._line_at > PLAIN_EVERY:
             self._print(f"{race.done:,} of {race.total:,} iterations  {rate:,.0f} images/s together"
                         + (f"  {duration(left)} left" if left is not None else ""))  # fmt: skip
@@ -184,7 +189,7 @@ class View:
         if not isinstance(inner, Evaluated):
             return
         accuracy = f"validation {inner.validation.accuracy:.2%}"
-        self._progress.update(self._task, rate=inner.images_per_second, accuracy=accuracy)
+        self._progress.update(self._task, rate=inner.images_per_second, accuracy=f"{inner.validation.accuracy:.2%}")
         if left is not None and not self._said_long:
             self._said_long = True
             if left > LONG_SECONDS:
@@ -324,6 +329,11 @@ def duration(seconds: float) -> str:
     return f"{s // 60} min {s % 60} s" if s >= 60 else f"{s} s"
 
 
+def counted(count: int, what: str) -> str:
+    """1 round, 2 rounds."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def rounds_table(rounds: Sequence[Mapping[str, Any]], winner: int | None, spread: bool = False) -> Table:
     """One row per round; the winning ticket is marked."""
     title = "means over replicates" if spread else None
@@ -357,6 +367,6 @@ def rewind_table(points: Sequence[tuple[int, Sequence[Mapping[str, Any]], int | 
 def _sentence(r: Mapping[str, Any]) -> str:
     return (
         f"round {r['round']:>2}  density {r['density']:7.2%}  early stop {r['early_stop_iteration']:>6,}  "
-        f"test {r['early_stop_test_accuracy']:.2%} there, {r['test_accuracy']:.2%} at the end  "
+        f"test {r['early_stop_test_accuracy']:.2%} at early stop, {r['test_accuracy']:.2%} at the end  "
         f"{duration(r['seconds'])} at {r['images_per_second']:,.0f} images/s"
     )

@@ -11,7 +11,7 @@ from fastlth.errors import Stopped
 from fastlth.running import run
 from fastlth.store.cleaning import find
 from fastlth.store.listing import list_runs
-from tests.helpers import small_recipe
+from tests.helpers import CPU, small_recipe
 
 
 def test_resume_takes_a_path_or_its_text_of_the_run_or_of_its_folder(tmp_path):
@@ -44,3 +44,16 @@ def test_a_search_that_came_to_its_target_density_is_finished(tmp_path):
     assert (info.rounds_done, info.rounds_asked) == (3, 3)
     (found.path / "state.safetensors").write_bytes(b"left by a kill")
     assert [waste.path.name for waste in find(tmp_path)] == ["state.safetensors"]
+
+
+def test_what_compose_returns_can_be_run_as_it_is(tmp_path):
+    settings = {"prune.rounds": 0, "train.iterations": 2, "evaluate.every": 2, **CPU}
+    composed = fastlth.compose("lenet-300-100", "digits", settings=settings)
+    assert fastlth.run(composed, out=tmp_path).recipe == composed.recipe
+
+
+def test_a_ticket_and_the_package_show_themselves_in_a_line(tmp_path):
+    search = run(small_recipe(train__iterations=2, evaluate__every=2, prune__rounds=1), out=tmp_path)
+    text = repr(fastlth.load_ticket(search.ticket))
+    assert text.startswith("<ticket of lenet-300-100 on digits, seed 0: rounds 0 to 1, density 80.20%, in /")
+    assert {"run", "compose", "load_ticket"} <= set(dir(fastlth)) and "PackageNotFoundError" not in dir(fastlth)

@@ -19,7 +19,7 @@ RECIPE = small_recipe(train__iterations=100, prune__rounds=3)
 
 def started(replicate, rewind_to=0):
     recipe = dataclasses.replace(RECIPE, prune=dataclasses.replace(RECIPE.prune, rewind_to=rewind_to))
-    return Started(Path("runs"), recipe, compute(RECIPE), {}, 0, False, None, (replicate, 4))
+    return Started(Path("runs"), recipe, compute(RECIPE), {}, 0, 0, False, None, (replicate, 4))
 
 
 def at(round, iteration):

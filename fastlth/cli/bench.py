@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlth.catalogue import DATASETS
-from fastlth.cli.options import MODEL_NAMES, OWN_NET, Json
+from fastlth.cli.options import MODEL_NAMES, OWN_NET, Json, numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,12 +77,8 @@ def step(
     from fastlth.bench.plot import by_density
     from fastlth.bench.step import can_compile, rows
     from fastlth.cli.show import console
-    from fastlth.errors import RecipeError
 
-    try:
-        which = list(range(21)) if rounds == "all" else [int(k) for k in rounds.split(",")]
-    except ValueError:
-        raise RecipeError(f"--rounds takes numbers such as 0,10,20, or all; got '{rounds}'") from None
+    which = list(range(21)) if rounds == "all" else numbers("--rounds", rounds, "0,10,20, or all")
     if compiled and not can_compile():
         console().print("torch.compile is left out: no C++ compiler found", highlight=False)
         compiled = False

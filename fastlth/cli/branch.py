@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import BatchSize, DataDir, Epochs, Iterations, Json, Lr, Out, Seed, given, length
+from fastlth.cli.options import (
+    BatchSize,
+    DataDir,
+    Epochs,
+    Iterations,
+    Json,
+    Lr,
+    Out,
+    Seed,
+    given,
+    length,
+    numbers,
+)
 from fastlth.composition import compose, parse_setting
 from fastlth.errors import RecipeError
 from fastlth.experiments.control import KINDS, METHODS, Control
@@ -99,10 +111,7 @@ def which(round: int | None, rounds: str | None) -> list[int] | str | None:
         raise RecipeError(f"--round {round} and --rounds {rounds} contradict each other; give one")
     if rounds is None or rounds == "all":
         return rounds if round is None else [round]
-    try:
-        return [int(part) for part in rounds.split(",")]
-    except ValueError:
-        raise RecipeError(f"--rounds takes numbers such as 1,7,9, or all, got '{rounds}'") from None
+    return numbers("--rounds", rounds, "1,7,9, or all")
 
 
 def _run(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlth.cli.options import DataDir, Json
+from fastlth.cli.options import DataDir, Json, numbers
 from fastlth.errors import RecipeError
 
 EXAMPLE = "Example: fastlth connectivity runs/lenet-300-100-mnist-c43be567/r0 --rounds 0,7"
@@ -36,7 +36,7 @@ def connectivity(
     if from_init not in ("same", "different"):
         raise RecipeError(f"--from-init must be same or different, got '{from_init}'")
     first, second = _two(seeds)
-    which = None if rounds == "all" else _numbers("--rounds", rounds, "0,7, or all")
+    which = None if rounds == "all" else tuple(numbers("--rounds", rounds, "0,7, or all"))
 
     from fastlth.cli.show import console, json_document, teller
     from fastlth.experiments.connectivity import Plan
@@ -55,14 +55,7 @@ def connectivity(
 
 
 def _two(text: str) -> tuple[int, int]:
-    numbers = _numbers("--seeds", text, "1,2")
-    if len(numbers) != 2:
+    seeds = numbers("--seeds", text, "1,2")
+    if len(seeds) != 2:
         raise RecipeError(f"--seeds takes two numbers such as 1,2, got '{text}'")
-    return numbers[0], numbers[1]
-
-
-def _numbers(flag: str, text: str, example: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError:
-        raise RecipeError(f"{flag} takes numbers such as {example}, got '{text}'") from None
+    return seeds[0], seeds[1]

@@ -62,6 +62,8 @@ def prepare(
         from fastlth.data import own
 
         facts, where = own.facts(name, image_size), ""
+    if name == "digits":
+        where = ", which come with scikit-learn"
     source = load_for(DataSection(**facts, augment="photo-crop" if photo_crop else "none"), data_dir)
     screen = console()
     screen.print(f"{name}: {len(source.train.labels):,} training and {len(source.test.labels):,} test images{where}",

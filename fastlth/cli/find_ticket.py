@@ -158,13 +158,16 @@ def _once(points: list[int]) -> None:
 
 
 def _header(composed: Composed) -> str:
+    from fastlth.ui import counted
+
     recipe, prune = composed.recipe, composed.recipe.prune
     preset = f"preset {composed.preset}" if composed.preset else "no preset"
     if composed.preset == "fast" and not composed.verified:
         preset += " (not yet verified to find a ticket)"
     lines = [
-        f"{recipe.model.name} on {recipe.data.name}, {preset}: {recipe.prune.rounds} rounds of "
-        f"{recipe.train.iterations:,} iterations at batch {recipe.train.batch_size}, "
+        f"{recipe.model.name} on {recipe.data.name}, {preset}: the dense net and "
+        f"{counted(recipe.prune.rounds, 'pruned round')}, {recipe.train.iterations:,} iterations each at batch "
+        f"{recipe.train.batch_size}, "
         f"{recipe.train.optimizer} {recipe.train.lr:g}, {recipe.prune.scope} scope, seed {recipe.seeds.base}",
         *([] if prune.criterion == CRITERIA[0] and prune.rewinds else [
             f"criterion {prune.criterion}, mask-1 action {prune.mask_1}, mask-0 action {prune.mask_0}"

@@ -48,6 +48,14 @@ def length(iterations: int | None, epochs: float | None) -> int | str | None:
     return f"{epochs:g}ep" if epochs is not None else iterations
 
 
+def numbers(flag: str, text: str, example: str) -> list[int]:
+    """ "1,7,9" as integers. Raises RecipeError, with the ``example``, for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{flag} takes numbers such as {example}, got '{text}'") from None
+
+
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings whose flag was used."""
     return {name: value for name, value in settings.items() if value is not None}

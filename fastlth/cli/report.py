@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fastlth.cli.options import numbers
 from fastlth.errors import RecipeError
 
 EXAMPLE = "Example: fastlth report runs/lenet-300-100-mnist-fa90b8ac"
@@ -29,7 +30,7 @@ def report(
     ] = False,
 ) -> None:
     """One page that opens from disk and needs no network; markdown, CSV, PNG and SVG lie beside it."""
-    given, chosen = runs or [], _numbers(rounds)
+    given, chosen = runs or [], None if rounds is None else numbers("--rounds", rounds, "0,3,7")
     if live and bench:
         raise RecipeError("--live and --bench contradict each other; give one")
     if live:
@@ -47,7 +48,11 @@ def report(
     elif given:
         from fastlth.report import searches, subject
 
-        found = searches.document(subject.read(given), command, chosen)
+        subjects = subject.read(given)
+        last = max(s.rounds for s in subjects) - 1
+        if beyond := [k for k in chosen or () if not 0 <= k <= last]:
+            raise RecipeError(f"--rounds {beyond[0]} is not there; choose from 0 to {last}, the finished ones")
+        found = searches.document(subjects, command, chosen)
     else:
         raise RecipeError("report needs a run: give run folders or ticket files ('fastlth runs' lists the runs)")
     page = write(found, out, f"Made by fastlth {fastlth.__version__}.")
@@ -61,10 +66,3 @@ def _live(given: list[Path]) -> None:
     if len(given) != 1:
         raise RecipeError(f"--live follows one run, got {len(given)}; give one run folder")
     follow(given[0], console())
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(k) for k in text.split(",")]
-    except ValueError:
-        raise RecipeError(f"--rounds takes numbers such as 0,3,7, got '{text}'") from None

@@ -91,6 +91,7 @@ def _reproduce(
     from fastlth.experiments.figures.estimate import estimate
     from fastlth.experiments.figures.scale import jobs, left_out
     from fastlth.experiments.figures.work import trainings
+    from fastlth.store.atomic import check_folder
     from fastlth.ui import duration
 
     def say(text: str) -> None:
@@ -102,6 +103,9 @@ def _reproduce(
     for sentence in (*([figure.note] if figure.note else []), *left_out(figure, scale)):
         say(sentence)
     folder = report or Path("reproduced") / f"{figure.name}-{scale}"
+    if not dry_run:
+        for one in (folder, out):
+            check_folder(one)
     if wanted is not None:
         about = {"figure": figure.name, "title": figure.what, "source": figure.source, "scale": scale}
         about |= _on_workers(todo, wanted, out, dry_run, data_dir, screen)

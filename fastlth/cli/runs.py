@@ -45,7 +45,7 @@ def runs(context: typer.Context, out: Out = Path("runs"), json: Json = False) ->
         table.add_column(column, overflow="fold")
     for row in rows:
         winner_text = "-" if row["winning_round"] is None else f"round {row['winning_round']}"
-        done = "damaged" if row["problem"] else f"{row['rounds_done']}/{row['rounds_asked']}"
+        done = "damaged" if row["problem"] else f"{row['rounds_done']}/{max(row['rounds_done'], row['rounds_asked'])}"
         table.add_row(row["run"], row["model"], row["dataset"], str(row["seed"]), done, winner_text, size(row["bytes"]))
     screen.print(table)
 

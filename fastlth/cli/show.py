@@ -40,7 +40,9 @@ def search_result(search: Search, out: Console) -> None:
     if search.recipe.prune.rewind_to:
         out.print(f"rewound to iteration {search.recipe.prune.rewind_to:,}", highlight=False)
     out.print(rounds_table(search.rounds, winner, spread=len(search.replicates) > 1))
-    if winner is None:
+    if len(search.rounds) == 1:
+        found = "the dense net alone: no pruned round was asked for"
+    elif winner is None:
         found = "no winning ticket: no pruned round was as good as the dense one on validation images, and as quick"
     else:
         r = search.rounds[winner]

@@ -50,6 +50,7 @@ def sweep(
     from fastlth.scaling.perform import Place
     from fastlth.scaling.run import Scaled, raise_failed
     from fastlth.scaling.spec import read
+    from fastlth.store.atomic import check_folder
 
     screen, found, place = console(), read(spec), Place(out.absolute(), data_dir and data_dir.absolute())
     scaled = Scaled(found.jobs, place, Wanted(on=on, address=address, cores=cores, gpus=gpus))
@@ -57,9 +58,12 @@ def sweep(
     if dry_run:
         document |= planned(scaled, screen, tasks=True)
     else:
+        folder = report or Path("sweeps") / found.name
+        for one in (folder, out):
+            check_folder(one)
         outcomes = train(scaled, place, screen)
         document |= {"tasks": [vars(o) for o in outcomes]}
-        document |= _report(found.jobs, out, report or Path("sweeps") / found.name, screen)
+        document |= _report(found.jobs, out, folder, screen)
     if json:
         json_document(document)
     if not dry_run:
@@ -68,7 +72,7 @@ def sweep(
 
 def planned(scaled: Scaled, screen: Console, *, tasks: bool = False) -> dict[str, Any]:
     """Says what there is to do; the plan as JSON."""
-    from fastlth.ui import duration
+    from fastlth.ui import counted, duration
 
     def say(text: str) -> None:
         screen.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -77,10 +81,10 @@ def planned(scaled: Scaled, screen: Console, *, tasks: bool = False) -> dict[str
     if tasks:
         for task in scaled.tasks:
             say(task.name)
-    say(f"{plan.tasks:,} tasks, {plan.trainings:,} trainings, {plan.done:,} of them done")
+    say(f"{counted(plan.tasks, 'task')}, {counted(plan.trainings, 'training')}, {plan.done:,} of them done")
     gpu = f" and {scaled.worker.gpus:g} GPU" if scaled.worker.gpus else ""
-    say(f"about {duration(plan.work_seconds)} of work, {duration(plan.seconds)} on {plan.workers} workers of "
-        f"{scaled.worker.cores} cores{gpu}")  # fmt: skip
+    workers = f"{counted(plan.workers, 'worker')} of {counted(scaled.worker.cores, 'core')}{gpu}"
+    say(f"about {duration(plan.work_seconds)} of work, {duration(plan.seconds)} on {workers}")
     say(f"about {plan.bytes.written / 1e6:,.0f} MB written, {plan.bytes.kept / 1e6:,.0f} MB kept")
     return {"plan": plan.to_json(), "tasks": [t.name for t in scaled.tasks]}
 
@@ -106,16 +110,16 @@ def _report(jobs: Sequence[Job], out: Path, folder: Path, screen: Console) -> di
     from fastlth.store.run import parent_folder
 
     found = results.searches(jobs, out)
-    table = results.write(jobs, out, folder)
     parents = dict.fromkeys(parent_folder(out, job.recipe) for job in jobs)
     begun = [p for p in parents if any((r / "recipe.toml").exists() for r in p.glob("r*"))]
-    page = None
-    if begun:
-        command = shlex.join(["fastlth", *sys.argv[1:]])
-        found_there = searches.document(subject.read(begun), command)
-        page = write(found_there, folder, f"Made by fastlth {fastlth.__version__}.")
+    if not begun:
+        screen.print(f"no search has begun; {folder} is left as it is", highlight=False, soft_wrap=True)
+        return {"searches": found, "table": None, "report": None}
+    table = results.write(jobs, out, folder)
+    command = shlex.join(["fastlth", *sys.argv[1:]])
+    page = write(searches.document(subject.read(begun), command), folder, f"Made by fastlth {fastlth.__version__}.")
     done = sum(r["finished"] for s in found for r in s["replicates"])
     count = sum(len(s["replicates"]) for s in found)
     screen.print(f"{done} of {count} searches finished; numbers: {table}; report: {page}", highlight=False,
                  soft_wrap=True)  # fmt: skip
-    return {"searches": found, "table": str(table), "report": str(page) if page else None}
+    return {"searches": found, "table": str(table), "report": str(page)}

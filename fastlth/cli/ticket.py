@@ -133,7 +133,7 @@ def verify(file: File, json: Json = False) -> None:
         json_document({"file": str(file), "problems": problems})
     if problems:
         raise TicketError("; ".join(problems))
-    console().print(f"{file} is whole", highlight=False, soft_wrap=True)
+    console().print(f"{file} is intact", highlight=False, soft_wrap=True)
 
 
 @app.command("diff", epilog="Example: fastlth ticket diff runs/lenet-300-100-digits-9c3fbc8d/r{0,1}/search.ticket")

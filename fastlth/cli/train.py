@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
-from fastlth.cli.options import DataDir, Json, given, length
+from fastlth.cli.options import DataDir, Epochs, Iterations, Json, given, length
 
 EXAMPLE = "Example: fastlth train runs/lenet-300-100-mnist-c43be567/r0/search.ticket --round 7"
 
 
 def train(
     ticket: Annotated[Path, typer.Argument(help="A search.ticket file.")],
-    round: Annotated[int | None, typer.Option(help="Whose ticket (default: the winning one); 0: dense.")] = None,
+    round: Annotated[
+        int | None, typer.Option(help="Whose ticket (default: the winning one, else the last); 0: dense.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed for data order, augmentation, dropout.")] = None,
-    iterations: Annotated[int | None, typer.Option("--iterations", "-i", help="Training steps.")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", "-e", help="The same in passes over the data.")] = None,
+    iterations: Iterations = None,
+    epochs: Epochs = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps")] = None,
     data_dir: DataDir = None,
     json: Json = False,

@@ -18,7 +18,7 @@ from fastlth.errors import RecipeError, unknown
 from fastlth.exchange import card, target
 from fastlth.models import skeleton
 from fastlth.recipe import Recipe
-from fastlth.search import winning_round
+from fastlth.search import winning_or_last
 from fastlth.store import atomic, container, strict_json
 from fastlth.tickets import LoadedTicket, load_ticket
 
@@ -49,9 +49,7 @@ def export(
         _needs("onnx", "onnxscript")
     target.check(out, source=file, force=force, folder=card.FILES if format == "hf" else ())
     ticket = load_ticket(file)
-    if round is None:
-        round = winning_round([ticket.rounds])
-        round = max(len(ticket.rounds) - 1, 0) if round is None else round
+    round = winning_or_last(ticket.rounds) if round is None else round
     ticket.mask(round)  # raises for a round that is not there
     with target.writing(out):
         FORMATS[format](ticket, round, out)

@@ -27,7 +27,7 @@ from fastlth.masks import Masks
 from fastlth.pruning import budget, prune
 from fastlth.pruning.criteria import SIGN_TESTS
 from fastlth.recipe import PruneSection, Recipe
-from fastlth.search import winning_round
+from fastlth.search import winning_or_last
 from fastlth.store import atomic
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine, make_splits
@@ -260,8 +260,7 @@ def _rounds(bench: Workbench, control: Control, rounds: Sequence[int] | str | No
     if last < 1:
         raise TicketError(f"{bench.path} has no pruned round yet; go on with: fastlth resume {bench.path}")
     if rounds is None:
-        winner = winning_round([results])
-        return [last if winner is None else winner]
+        return [winning_or_last(results)]
     if isinstance(rounds, str):
         if rounds != "all":
             raise RecipeError(f"rounds must be numbers or all, got '{rounds}'")

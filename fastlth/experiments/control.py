@@ -67,7 +67,7 @@ class Control:
             raise RecipeError(unknown("kind of branch", self.kind, KINDS))
         for option, kinds in _TAKES.items():
             if getattr(self, option) not in (None, False) and self.kind not in kinds:
-                raise RecipeError(f"--{option} goes with {' and '.join(kinds)}, not with {self.kind}; leave it out")
+                raise RecipeError(f"--{option} goes with {', '.join(kinds)}, not with {self.kind}; leave it out")
         if self.strategy not in (None, "layer", "global", "even", "erk"):
             raise RecipeError(unknown("strategy", self.strategy, ("layer", "global", "even", "erk")))
         if self.density is not None and not 0 < self.density < 1:
@@ -75,11 +75,14 @@ class Control:
         if self.iterations is not None and self.iterations < 1:
             raise RecipeError(f"--iterations must be at least 1, got {self.iterations}")
         if self.kind == "noise" and (self.sigma is None or not 0 < self.sigma < inf):
-            raise RecipeError(f"noise needs --sigma, a number greater than 0 such as 0.5, got {self.sigma}")
+            given = "" if self.sigma is None else f", got {self.sigma}"
+            raise RecipeError(f"noise needs --sigma, a number greater than 0 such as 0.5{given}")
         if self.kind == "prune-at-init":
             self._check_at_init()
 
     def _check_at_init(self) -> None:
+        if self.method is None:
+            raise RecipeError(f"prune-at-init needs --method: {', '.join(METHODS)}")
         if self.method not in METHODS:
             raise RecipeError(unknown("--method of prune-at-init", self.method, METHODS))
         if self.scope not in (None, "global", "layer"):

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from fastlth import copies
 from fastlth import masks as mask_tools
 from fastlth.composition import adjust
 from fastlth.data.sources import load_for
 from fastlth.errors import TicketError
 from fastlth.experiments.settled import as_known, compute_of
-from fastlth.search import round_result, winning_round
+from fastlth.search import round_result, winning_or_last
 from fastlth.tickets import LoadedTicket, theta0
 from fastlth.training.engines.make import make_engine
 from fastlth.training.trainer import Progress, train
@@ -32,9 +31,7 @@ def retrain(
     recipe. With none changed, on the same machine and versions, the result is the one of the search, unless an early
     bird ended the round: it is trained to its last iteration. Raises TicketError for a round that is not there.
     """
-    if round is None:
-        round = winning_round([ticket.rounds])
-        round = len(ticket.rounds) - 1 if round is None else round
+    round = winning_or_last(ticket.rounds) if round is None else round
     masks = ticket.mask(round)
     recipe = adjust(ticket.recipe, settings or {})
     source = load_for(recipe.data, data_dir)
@@ -59,4 +56,4 @@ def _start(ticket: LoadedTicket, round: int) -> tuple[Mapping[str, Tensor], int]
     if ticket.rounds[0]["seconds"] is None:
         raise TicketError(f"round 0 was trained from theta0, and this ticket of another program holds the weights of "
                           f"iteration {first} alone; give --round 1 or later")  # fmt: skip
-    return {name: torch.from_numpy(np.array(a)) for name, a in theta0(ticket.recipe).items()}, 0
+    return copies.tensors(theta0(ticket.recipe)), 0

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastlth import copies
 from fastlth import masks as mask_tools
 from fastlth.data.sources import Source, load_for
 from fastlth.errors import Stopped
@@ -120,4 +121,4 @@ def _theta(engine: Engine, recipe: Recipe, prunable: Iterable[str], stopped: Sto
             raise Stopped(f"stopped ({signal.Signals(number).name}) while making theta_{k} again", number)
         if event == ChunkDone(k):
             break
-    return {n: t.detach().to("cpu", copy=True).contiguous().numpy() for n, t in engine.weights().items()}
+    return copies.arrays(engine.weights())

@@ -33,7 +33,7 @@ from fastlth.models import draw, skeleton, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.pruning.draws import permutation
 from fastlth.recipe import Recipe
-from fastlth.search import winning_round
+from fastlth.search import winning_or_last
 from fastlth.store import strict_json
 from fastlth.tickets import LoadedTicket
 from fastlth.training.engines.make import make_engine
@@ -58,9 +58,7 @@ def transfer(
     but for the data set and ``settings``. The same call goes on where it stopped. Raises RecipeError for settings that
     do not fit the other data, TicketError for a round that is not there, Stopped, DivergedError, RunLockedError.
     """
-    if round is None:
-        winner = winning_round([ticket.rounds])
-        round = len(ticket.rounds) - 1 if winner is None else winner
+    round = winning_or_last(ticket.rounds) if round is None else round
     recipe = target(ticket.recipe, dataset, settings or {})
     start, fresh = random_start(ticket, recipe, round) if random_ticket else carried(ticket, recipe, round)
     for name, (before, now) in fresh.items():

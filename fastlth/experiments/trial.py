@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlth import copies
 from fastlth import masks as mask_tools
 from fastlth.errors import DivergedError, Stopped, TicketError
 from fastlth.masks import Masks
@@ -117,7 +118,7 @@ class Trial:
         if not weights.path(self.folder, self.round).exists():
             raise TicketError(f"{self.folder} has no trained net any more; remove {self.branch} to train it all again")
         arrays = weights.load(self.folder, self.round, {n: m.numpy() for n, m in masks.items()}, self.digest)
-        return {n: torch.from_numpy(np.array(a)) for n, a in arrays.items()}
+        return copies.tensors(arrays)
 
     def drop_trained(self) -> None:
         """Remove the trained net that ``keep`` left, if it is there."""
@@ -144,7 +145,7 @@ class Trial:
             progress = Progress(begin.first)
             state = self._state()
             if state is not None:
-                engine.load_state({n: torch.from_numpy(np.array(a)) for n, a in state.arrays.items()})
+                engine.load_state(copies.tensors(state.arrays))
                 progress = Progress.from_json(state.info["progress"])
             return self._train(recipe, engine, begin.masks, progress, state, keep, show, stopped)
 
@@ -192,8 +193,7 @@ class Trial:
         arrays = {n: m.cpu().numpy() for n, m in masks.items()}
         container.write(self.folder / "mask.safetensors", {n: np.packbits(m) for n, m in arrays.items()}, _MASK)
         if engine is not None:
-            values = {n: t.detach().cpu().contiguous().numpy() for n, t in engine.weights().items()}
-            weights.save(self.folder, self.round, values, arrays, self.digest)
+            weights.save(self.folder, self.round, copies.arrays(engine.weights()), arrays, self.digest)
         atomic.write(self.folder / "result.json", strict_json.dumps(dict(result)).encode() + b"\n")
         atomic.delete(self.folder / "state.safetensors")
 
@@ -222,5 +222,4 @@ class Trial:
 
 def _state(engine: Engine, progress: Progress, metrics: MetricsFile) -> State:
     metrics.sync()
-    arrays = {n: t.detach().to("cpu", copy=True).contiguous().numpy() for n, t in engine.state().items()}
-    return State(arrays, {"progress": progress.to_json(), "metrics_bytes": metrics.bytes})
+    return State(copies.arrays(engine.state()), {"progress": progress.to_json(), "metrics_bytes": metrics.bytes})

@@ -98,7 +98,7 @@ def _made(name: str, facts: DatasetFacts, key: Key) -> nn.Module:
     except Exception as error:  # of code that is not ours
         raise RecipeError(f"{name} failed ({type(error).__name__}: {' '.join(str(error).split())})") from error
     if not isinstance(net, nn.Module):
-        raise RecipeError(f"{name} returns a {type(net).__name__}; it must return a torch.nn.Module")
+        raise RecipeError(f"{name} returns an object of type {type(net).__name__}; it must return a torch.nn.Module")
     if not specs.library(name):
         net.register_forward_pre_hook(_plain)
     return net

@@ -38,8 +38,8 @@ def layer_rates(weights: Iterable[str], prune: PruneSection) -> dict[str, Fracti
     rates = {name: rate for name, rate in rates.items() if rate > 0}
     if not rates:
         settings = [f"prune.{s}" for s, given in (("only", only), ("never", never)) if given] or ["prune.scale"]
-        raise RecipeError(f"{' and '.join(settings)} leaves no layer to prune; "
-                          "give at least one layer a factor above 0")  # fmt: skip
+        todo = "let a pattern leave a layer" if only or never else "give at least one layer a factor above 0"
+        raise RecipeError(f"{' and '.join(settings)} leaves no layer to prune; {todo}")
     if prune.scope == "global" and len(set(rates.values())) > 1:
         raise RecipeError("prune.scope global ranks all layers together and needs one rate; "
                           "make all factors of prune.scale 1 or 0, or use scope layer")  # fmt: skip

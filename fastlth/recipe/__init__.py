@@ -11,7 +11,7 @@ import hashlib
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from typing import Any
 
 from fastlth import specs
@@ -78,6 +78,10 @@ class Recipe:
             if name not in SECTIONS:
                 raise RecipeError(unknown("section", name, SECTIONS))
         return Recipe(**{name: section(name, cls, sections.get(name, {})) for name, cls in SECTIONS.items()})
+
+    def replicate(self, number: int) -> Recipe:
+        """The recipe of a search's replicate: its base seed is so many further."""
+        return replace(self, seeds=replace(self.seeds, base=self.seeds.base + number))
 
     @property
     def digest(self) -> str:

@@ -30,7 +30,7 @@ class TrainSection:
     def __post_init__(self) -> None:
         check("train.iterations", self.iterations >= 1, "be at least 1", self.iterations)
         check("train.batch_size", self.batch_size >= 1, "be at least 1", self.batch_size)
-        check("train.lr", 0 < self.lr < inf, "be greater than 0", self.lr)
+        check("train.lr", 0 < self.lr < inf, "be a finite number greater than 0", self.lr)
         choice("train.optimizer", self.optimizer, ("adam", "adamw", "sgd"))
         check("train.momentum", 0 <= self.momentum < 1, "be in [0, 1)", self.momentum)
         check("train.momentum", self.momentum == 0 or self.optimizer == "sgd",

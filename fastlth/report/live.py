@@ -16,7 +16,7 @@ from fastlth.errors import TicketError
 from fastlth.recipe import Recipe
 from fastlth.report.subject import records
 from fastlth.search import over, winning_round
-from fastlth.store.run import METRICS, RECIPE, read_recipe, run_folders
+from fastlth.store.run import LOCK, METRICS, RECIPE, read_recipe, run_folders
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -49,7 +49,11 @@ def follow(
 
     Raises TicketError where there is no run at ``path``.
     """
-    folder = find(path)
+    if (folder := find(path)) is None:
+        console.print(f"{path} is still being timed", highlight=False, soft_wrap=True)
+    while folder is None:
+        sleep(every)
+        folder = find(path)
     looks = _looks(folder, every, sleep)
     if not console.is_terminal:
         return _lines(looks, console)
@@ -73,11 +77,15 @@ def _looks(folder: Path, every: float, sleep: Callable[[float], None]) -> Iterat
         sleep(every)
 
 
-def find(path: Path) -> Path:
-    """The run folder: ``path`` itself, or of the replicates in it the one written last."""
+def find(path: Path) -> Path | None:
+    """The run folder: ``path`` itself, or of the replicates in it the one written last; None while it is there and
+    what ``auto`` becomes is still being found out. Raises TicketError where there is none."""
     if (path / RECIPE).exists():
         return path
-    found = [folder for folder in run_folders(path).values() if (folder / RECIPE).exists()]
+    opened = [folder for folder in (path, *run_folders(path).values()) if (folder / LOCK).exists()]
+    found = [folder for folder in opened if (folder / RECIPE).exists()]
+    if opened and not found:
+        return None
     if not found:
         raise TicketError(f"there is no run in {path}; give a run folder r<seed> ('fastlth runs' lists the runs)")
     return max(found, key=lambda folder: -_idle(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastlth import toml
@@ -79,6 +80,8 @@ def commands(subject: Subject) -> list[str]:
             start += [FLAGS[d.setting], str(d.here)]
         else:
             start += ["--set", f"{d.setting}={_toml(d.here)}"]
+    out = subject.replicates[0].path.parent.parent
+    start += ["--out", str(out)] if out.name and out != Path("runs") else []
     runs = []
     for first, count in _consecutive(sorted({r.seed for r in subject.replicates})):
         runs.append([*start, "--seed", str(first)] + (["--replicates", str(count)] if count > 1 else []))

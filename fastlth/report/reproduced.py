@@ -79,7 +79,7 @@ def draw(figure: Figure, picture: Picture, lines: Sequence[Line]) -> Curves:
     """One picture as plain numbers."""
     match picture:
         case Against():
-            return _against(figure, picture, lines)
+            return _against(picture, lines)
         case Over():
             return _over(picture, lines)
         case Between():
@@ -90,7 +90,7 @@ def draw(figure: Figure, picture: Picture, lines: Sequence[Line]) -> Curves:
             return _table(picture, lines)
 
 
-def _against(figure: Figure, picture: Against, lines: Sequence[Line]) -> Curves:
+def _against(picture: Against, lines: Sequence[Line]) -> Curves:
     labels = list(dict.fromkeys(line.label for line in lines))
     axis = QUANTITIES[picture.quantity]
     end = picture.quantity == "test_accuracy"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlth.errors import TicketError
+from fastlth.errors import FastlthError, TicketError
 from fastlth.models import skeleton
 from fastlth.recipe import Recipe
 from fastlth.search import winning_round
@@ -109,7 +109,7 @@ def _from_ticket(path: Path) -> tuple[Recipe, Replicate]:
         seed=ticket.recipe.seeds.base, path=path, rounds=ticket.rounds,
         pruned_at=_in_order(ticket.recipe, ticket.pruned_at), resolved=ticket.resolved,
         evaluations=tuple(evaluations(folder / METRICS)) if beside else (),
-        branches=_branches(folder) if beside else {},
+        branches=_branches(folder, ticket.recipe) if beside else {},
     )  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def _from_folder(folder: Path) -> tuple[Recipe, Replicate]:
     return recipe, Replicate(
         seed=recipe.seeds.base, path=folder, rounds=ticket.rounds if ticket else (),
         pruned_at=_in_order(recipe, ticket.pruned_at) if ticket else {}, resolved=resolved,
-        evaluations=tuple(evaluations(folder / METRICS)), branches=_branches(folder),
+        evaluations=tuple(evaluations(folder / METRICS)), branches=_branches(folder, recipe),
     )  # fmt: skip
 
 
@@ -153,18 +153,39 @@ def _in_order(recipe: Recipe, pruned_at: Mapping[str, NDArray[np.uint8]]) -> dic
     return dict(sorted(pruned_at.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _branches(folder: Path) -> dict[str, tuple[Result, ...]]:
-    """branches/<kind>-<digest8>/round-<k>/: every JSON file there is asked for results of that round."""
+def _branches(folder: Path, recipe: Recipe) -> dict[str, tuple[Result, ...]]:
+    """branches/<kind>-<digest8>/round-<k>/: every JSON file there is asked for results of that round.
+
+    Left out is what is not to be compared with the tickets: nets trained on other data, and the dense net, which some
+    controls train again to begin with.
+    """
     found: dict[str, list[Result]] = {}
-    folders = [f for f in entries(folder / "branches") if f.is_dir()]
-    kinds = [_kind(f.name) for f in folders]
-    for branch, kind in zip(folders, kinds, strict=True):
-        name = kind if kinds.count(kind) == 1 else branch.name  # the same kind with other settings
+    folders = [f for f in entries(folder / "branches") if f.is_dir() and _kind(f.name) != "dense"]
+    recipes = {f: _recipe_of(f) or recipe for f in folders}
+    folders = [f for f in folders if recipes[f].data.name == recipe.data.name]
+    names = [", ".join([_kind(f.name), *_changed(recipes[f], recipe)]) for f in folders]
+    for branch, label in zip(folders, names, strict=True):
+        name = label if names.count(label) == 1 else branch.name  # the same kind with other options
         for place in entries(branch):
             if match := re.fullmatch(r"round-(\d+)", place.name):
                 for file in sorted(place.rglob("*.json")):
                     found.setdefault(name, []).extend(_results(file, int(match[1])))
     return {name: tuple(results) for name, results in found.items() if results}
+
+
+def _recipe_of(branch: Path) -> Recipe | None:
+    try:
+        return read_recipe(branch / RECIPE)[0]
+    except FastlthError:
+        return None
+
+
+def _changed(recipe: Recipe, before: Recipe) -> list[str]:
+    """Settings of the training in which two recipes differ, such as "lr 0.01"."""
+    new, old = recipe.to_dict(), before.to_dict()
+    told = [f"{key.replace('_', ' ')} {value}" for section in ("model", "train", "schedule")
+            for key, value in new[section].items() if old[section].get(key) != value]  # fmt: skip
+    return told[:MOST_TOLD]
 
 
 def _kind(folder: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +81,5 @@ def _lines(jobs: Sequence[Job], out: Path) -> Iterator[dict[str, Any]]:
 
 def _runs(job: Job, out: Path) -> Iterator[tuple[Recipe, Path]]:
     for r in range(job.replicates):
-        seeds = dataclasses.replace(job.recipe.seeds, base=job.recipe.seeds.base + r)
-        recipe = dataclasses.replace(job.recipe, seeds=seeds)
+        recipe = job.recipe.replicate(r)
         yield recipe, run_of(out, recipe)

@@ -150,8 +150,7 @@ def _parts(follow: Follow, recipe: Recipe, together: int) -> Iterator[Follow]:
 
 
 def _replicates(job: Job, first: int, count: int) -> Job:
-    seeds = dataclasses.replace(job.recipe.seeds, base=job.recipe.seeds.base + first)
-    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, seeds=seeds), replicates=count)
+    return dataclasses.replace(job, recipe=job.recipe.replicate(first), replicates=count)
 
 
 def _runs(job: Job) -> list[tuple[str, int]]:

@@ -33,7 +33,7 @@ BINARY: int = getattr(os, "O_BINARY", 0)
 def explain(error: OSError, path: Path) -> FastlthError:
     """What a failed write means to a user: OutputError (wrong place) or EnvironmentFailure (all else)."""
     if error.errno in _OUTPUT:
-        return OutputError(f"cannot write {path} ({error.strerror}); choose another folder with --out")
+        return OutputError(f"cannot write {path} ({error.strerror}); make it writable or choose another folder")
     reason = _FULL.get(error.errno or 0, error.strerror or str(error))
     return EnvironmentFailure(
         f"{reason}: {path} could not be written; what was saved before is whole, "
@@ -127,6 +127,15 @@ def make_folders(path: Path) -> None:
             sync_folder(folder.parent)
     except OSError as error:
         raise explain(error, path) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Whether files can be made in ``folder``, which is made where it is missing: asked before hours are spent. Raises
+    OutputError or EnvironmentFailure."""
+    make_folders(folder)
+    probe = folder / f".{secrets.token_hex(4)}{_TEMPORARY}"
+    write(probe, b"")
+    delete(probe)
 
 
 def sweep(folder: Path) -> None:

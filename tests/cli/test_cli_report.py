@@ -23,6 +23,8 @@ def test_from_a_search_to_a_page(run, tmp_path):
     assert code == 0 and out == "" and "report: a b/index.html" in err
     text = (tmp_path / "a b" / "index.html").read_text()
     assert f"fastlth report {found['run']} {found['ticket']} --rounds 0,1 --out &#x27;a b&#x27;" in text
+    code, _, err = run("report", found["run"], "--rounds", "0,9", "--out", "c")
+    assert code == 2 and err == "fastlth: --rounds 9 is not there; choose from 0 to 1, the finished ones\n"
     code, _, err = run("report", found["run"], "--live")
     assert code == 0 and "round  1  density" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a b", "runs"]

@@ -51,6 +51,24 @@ def test_it_ends_with_the_run(growing, searched, terminal):
     assert text.count("80.20%") == 1 or terminal  # plain lines say each round once
 
 
+def test_a_run_that_is_still_being_timed_is_waited_for(growing, tmp_path):
+    folder, sleep, slept = growing
+    recipe = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").unlink()
+    with pytest.raises(TicketError, match="there is no run in"):
+        live.find(folder)
+    (folder / "lock").touch()
+
+    def later(seconds):
+        if len(slept) == 0:
+            assert "is still being timed" in out.getvalue()
+            (folder / "recipe.toml").write_text(recipe)
+        sleep(seconds)
+
+    out = io.StringIO()
+    assert live.follow(folder.parent, Console(file=out, width=120), every=0.5, sleep=later).finished
+
+
 def test_a_parent_means_the_replicate_written_last(searched, tmp_path):
     import os
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastlth
+from fastlth import toml
 from fastlth.composition import compose, parse_setting
 from fastlth.errors import TicketError
 from fastlth.report import provenance, published, searches, subject
@@ -116,7 +117,7 @@ def test_branches_are_read_leniently(wrap, searched, tmp_path):
     (place / "half.json").write_text('{"density": 0.')
     (place / "other.json").write_text('{"density": 0.5, "curve": [1, 2]}')
     (tmp_path / "branches" / "lock").write_text("")
-    found = subject._branches(tmp_path)
+    found = subject._branches(tmp_path, searched.search.recipe)
     assert set(found) == {"random-prune"}
     assert all(r["kept"] == result["kept"] and r["round"] == 2 for r in found["random-prune"])
 
@@ -126,7 +127,22 @@ def test_two_branches_of_one_kind_keep_their_digests(searched, tmp_path):
         place = tmp_path / "branches" / f"lr-rewind-{digest}" / "round-1"
         place.mkdir(parents=True)
         (place / "result.json").write_text(json.dumps(searched.search.replicates[0].rounds[1]))
-    assert set(subject._branches(tmp_path)) == {"lr-rewind-0123abcd", "lr-rewind-4567abcd"}
+    assert set(subject._branches(tmp_path, searched.search.recipe)) == {"lr-rewind-0123abcd", "lr-rewind-4567abcd"}
+
+
+def test_branches_are_told_apart_by_what_differs_and_other_data_are_left_out(searched, tmp_path):
+    recipe = searched.search.recipe
+    trained = {
+        "random-reinit-0123abcd": recipe,
+        "random-reinit-4567abcd": dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, lr=0.01)),
+        "transfer-0123abcd": small_recipe(dataset="mnist"), "dense-0123abcd": recipe,
+    }  # fmt: skip
+    for name, theirs in trained.items():
+        place = tmp_path / "branches" / name / "round-1"
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps(searched.search.replicates[0].rounds[1]))
+        (place.parent / "recipe.toml").write_text(toml.dumps({**theirs.to_dict(), "resolved": {}}))
+    assert set(subject._branches(tmp_path, recipe)) == {"random-reinit", "random-reinit, lr 0.01"}
 
 
 def test_a_search_under_way_says_how_far_it_is(searched, tmp_path):
@@ -171,6 +187,7 @@ def test_the_command_makes_the_recipe_again(name, subjects):
     options = {flag: value for flag, value in given if flag != "--set"}
     keys = {flag: key for key, flag in provenance.FLAGS.items()}
     preset, _ = options.pop("--preset", None), options.pop("--seed")
+    assert options.pop("--out") == str(one.replicates[0].path.parent.parent)
     settings |= dict(parse_setting(f"{keys[flag]}={value}") for flag, value in options.items())
     made = compose(words[2], words[3], preset=preset, settings=settings).recipe
     assert made == recipe

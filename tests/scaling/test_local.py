@@ -233,6 +233,10 @@ def test_the_plan_and_bad_options(command, tmp_path, monkeypatch):
     ):  # fmt: skip
         code, _, err = command("sweep", "spec.toml", *options)
         assert code == 2 and sentence in err
+    (tmp_path / "file").write_text("")
+    for words in (["sweep", "spec.toml"], ["reproduce", "fc-3", "--scale", "smoke"]):
+        code, _, err = command(*words, "--report", "file")  # said before anything is trained
+        assert code == 2 and "cannot write file" in err and not (tmp_path / "runs").exists()
     code, _, err = command("reproduce", "fc-3", "--cores", "2")
     assert code == 2 and "--cores is about workers; add --on local or --on ray" in err
 

@@ -88,8 +88,8 @@ def test_short_writes_are_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         (errno.EDQUOT, EnvironmentFailure, "quota is used up"),
         (errno.EFBIG, EnvironmentFailure, "limit on file sizes"),
         (errno.EIO, EnvironmentFailure, "was saved before is whole"),
-        (errno.EACCES, OutputError, "choose another folder with --out"),
-        (errno.EROFS, OutputError, "choose another folder with --out"),
+        (errno.EACCES, OutputError, "make it writable or choose another folder"),
+        (errno.EROFS, OutputError, "make it writable or choose another folder"),
     ],
 )
 def test_errors_say_what_to_do(disk: Disk, tmp_path: Path, number: int, kind: type[Exception], words: str) -> None:
@@ -249,3 +249,11 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
         assert path.stat().st_size == 3_000_000
         atomic.sweep(tmp_path)
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_tried_before_hours_are_spent(tmp_path):
+    atomic.check_folder(tmp_path / "new" / "one")
+    assert list((tmp_path / "new" / "one").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*file.*; make it writable or choose another folder"):
+        atomic.check_folder(tmp_path / "file")

@@ -232,7 +232,7 @@ def test_files_of_another_recipe_are_refused(tmp_path: Path) -> None:
 
 def test_an_out_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_bytes(b"")
-    with pytest.raises(OutputError, match=r"cannot write .*out.* choose another folder with --out"):
+    with pytest.raises(OutputError, match=r"cannot write .*out.* make it writable or choose another folder"):
         Run.open(tmp_path / "out", recipe())
 
 

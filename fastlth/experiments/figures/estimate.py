@@ -6,7 +6,6 @@ on the learning rate nor on the length of training. So one engine is timed for a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
@@ -17,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from fastlth.data.sources import Source, load_for
-from fastlth.errors import DeviceError
+from fastlth.data.sources import load_for
 from fastlth.experiments.figures.work import Training, run_of
+from fastlth.experiments.settled import as_known, compute_of
 from fastlth.experiments.supermasks.net import supermask_engine
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.side_by_side import cores
 from fastlth.store.run import RECIPE, read_recipe
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import device, prune_at_random, resolve
+from fastlth.training.resolve import prune_at_random
 
 SECONDS = 0.3
 """of steps per density"""
@@ -105,7 +104,7 @@ def _pace(training: Training, out: Path, data_dir: Path | None) -> Pace:
             return supermask_engine(candidate, source, training.plan)[0]
         return make_engine(candidate, source)
 
-    compute = _resolved(recipe, out, source, make)
+    compute = _resolved(recipe, out, make)
     engine = make(dataclasses.replace(recipe, compute=compute))
     last = _last_density(recipe)
     validation, test = _evaluation(engine, "validation"), _evaluation(engine, "test")
@@ -116,16 +115,10 @@ def _pace(training: Training, out: Path, data_dir: Path | None) -> Pace:
     return Pace(compute, tuple(reversed(steps)), tuple(reversed(steps.values())), validation, test)
 
 
-def _resolved(recipe: Recipe, out: Path, source: Source, make: Callable[[Recipe], Engine]) -> ComputeSection:
+def _resolved(recipe: Recipe, out: Path, make: Callable[[Recipe], Engine]) -> ComputeSection:
     """What ``auto`` is in the run if it has begun and its device is still there, else what it would be."""
     file = run_of(out, recipe) / RECIPE
-    known = read_recipe(file)[1] if file.exists() else {}
-    names = [f.name for f in dataclasses.fields(ComputeSection)]
-    if all(n in known for n in names):
-        with contextlib.suppress(DeviceError):
-            device(known["device"])
-            return ComputeSection(**{n: known[n] for n in names})
-    return resolve(recipe, make).compute
+    return compute_of(as_known(recipe, make, read_recipe(file)[1] if file.exists() else {}))
 
 
 def _step(engine: Engine, recipe: Recipe) -> float:

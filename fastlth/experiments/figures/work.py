@@ -164,9 +164,7 @@ def _supermask(job: Job, plan: Plan, out: Path, data_dir: Path | None, show: Sho
 
 
 def _replicates(job: Job) -> Iterator[Recipe]:
-    for r in range(job.replicates):
-        seeds = dataclasses.replace(job.recipe.seeds, base=job.recipe.seeds.base + r)
-        yield dataclasses.replace(job.recipe, seeds=seeds)
+    return (job.recipe.replicate(r) for r in range(job.replicates))
 
 
 def _of_job(job: Job, out: Path) -> Iterator[Training]:

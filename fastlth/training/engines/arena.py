@@ -18,7 +18,7 @@ from math import prod
 import torch
 from fastlth_kernels.bitmask import pack, unpack, words_shape
 from fastlth_kernels.launch import on_gpu
-from fastlth_kernels.masked_step import DECAY, LR, STEPS, StepTable, masked_step, step_settings, step_table
+from fastlth_kernels.masked_step import LR, STEPS, StepTable, masked_step, step_settings, step_table
 from torch import Tensor, nn
 
 from fastlth.recipe import TrainSection
@@ -94,10 +94,6 @@ class Arena:
     def lr(self) -> Tensor:
         """The learning rate of the next step, [1]."""
         return self.settings[LR : LR + 1]
-
-    @property
-    def decay(self) -> Tensor:
-        return self.settings[DECAY : DECAY + 1]
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,11 +142,61 @@ class _Searches:
         return dict(zip(numbers, ended, strict=True))
 
     def _one(self, r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
-        one = self.directories[r]
         with member or nullcontext():
-            return _run_one(one, one.recipe, self.source, lambda: self.settled.get(r) or self._settle(r),
-                            (r, len(self.directories)), self.log, show, stopped, self.data_dir, member,
-                            self.team)  # fmt: skip
+            return self._search(r, member, show, stopped)
+
+    def _search(self, r: int, member: Member | None, show: Tell, stopped: Callable[[], int | None]) -> Replicate:
+        """One replicate, by the engine ``member`` or by one of its own."""
+        directory, recipe = self.directories[r], self.directories[r].recipe
+        ticket, state = directory.ticket(theta0), directory.state()
+        rounds = ticket.rounds if ticket else ()
+        if over(recipe, rounds):
+            if state is None:
+                directory.drop_state()  # killed after the last round was saved, before its state was removed
+            return Replicate(recipe.seeds.base, directory.path, tuple(asked(recipe, rounds)))
+        compute, moved, measured = self.settled.get(r) or self._settle(r)
+        compute = dataclasses.replace(compute, together=(directory.resolved or {}).get("together", compute.together))
+        made: Engine | None = member
+        if self.team is not None:
+            made = lead.LeadingEngine(self.team, dataclasses.replace(recipe, compute=compute), self.source)
+        at = int(state.info["progress"]["iteration"]) if state else 0
+        show(Started(directory.path, recipe, compute, measured, len(rounds), at, bool(ticket or state), moved,
+                     (r, len(self.directories))))  # fmt: skip
+        with (
+            MetricsFile(directory.metrics_path) as metrics,
+            sinks.Sinks(self.log, directory.path, recipe, lambda text: show(Notice(text))) as others,
+            Saver(directory, recipe, metrics) as saver,
+            faults.told(compute.device, lambda: f"what was saved is kept; go on with: "
+                                                f"{_resume_command(directory, self.data_dir, self.log)}"),
+        ):  # fmt: skip
+            metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
+            collapsed: set[str] = set()
+            agreed = member.in_step.agreed if member else _alone
+            for event in find_tickets(recipe, self.source, compute, ticket=ticket, state=state, engine=made):
+                if line := record(event):
+                    metrics.write(line)
+                    others.write(line)
+                show(Notice(event.text) if isinstance(event, Said) else event)
+                if isinstance(event, RoundStarted) and ticket:
+                    found = collapses(net_units(recipe, ticket.mask(event.round)))
+                    for layer in sorted(found.keys() - collapsed):  # once, not in every round from here on
+                        show(Notice(f"warning: in round {event.round} {layer} {found[layer]}"))
+                    collapsed |= found.keys()
+                if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
+                    place = event.round, event.event.iteration
+                    if number := agreed(place, "stop", stopped):
+                        saver.state(event)
+                        one = " (this replicate; the same command as before: all)" if len(self.directories) > 1 else ""
+                        command = _resume_command(directory, self.data_dir, self.log)
+                        raise Stopped(f"stopped and saved; go on with{one}: {command}", number)
+                    if agreed(place, "save", saver.due):
+                        saver.state(event)
+                elif isinstance(event, RoundFinished):
+                    ticket, rounds = event.ticket, event.ticket.rounds
+                    for about in _of_layers(recipe, event):
+                        metrics.write(about)
+                    saver.round(event)
+        return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
 
     def _settle(self, r: int) -> Settled:
         others = next((d.resolved for d in self.directories if d.resolved), self.resolved)
@@ -227,67 +277,15 @@ def resume(
         source = load_for(recipe.data, data_dir)
         if team is not None:
             parallel.check(recipe, team.size)
-        one = _run_one(directory, recipe, source, lambda: settle(directory, recipe, source, None, team), (0, 1), log,
-                       show, stopped, data_dir, None, team)  # fmt: skip
-        return Search(recipe, (one,))
+        return Search(recipe, tuple(_Searches([directory], source, None, log, show, stopped, data_dir, team).all()))
 
 
-def _run_one(
-    directory: Run, recipe: Recipe, source: Source, settled: Callable[[], Settled], replicate: tuple[int, int],
-    log: Sequence[str], show: Tell, stopped: Callable[[], int | None], data_dir: str | Path | None,
-    member: Member | None = None, team: Team | None = None,
-) -> Replicate:  # fmt: skip
-    ticket, state = directory.ticket(theta0), directory.state()
-    rounds = ticket.rounds if ticket else ()
-    if over(recipe, rounds):
-        if state is None:
-            directory.drop_state()  # killed after the last round was saved, before its state was removed
-        return Replicate(recipe.seeds.base, directory.path, tuple(asked(recipe, rounds)))
-    compute, moved, measured = settled()
-    compute = dataclasses.replace(compute, together=(directory.resolved or {}).get("together", compute.together))
-    made: Engine | None = (
-        member if team is None else lead.LeadingEngine(team, dataclasses.replace(recipe, compute=compute), source)
-    )
-    at = int(state.info["progress"]["iteration"]) if state else 0
-    show(Started(directory.path, recipe, compute, measured, len(rounds), at, bool(ticket or state), moved, replicate))
-    with (
-        MetricsFile(directory.metrics_path) as metrics,
-        sinks.Sinks(log, directory.path, recipe, lambda text: show(Notice(text))) as others,
-        Saver(directory, recipe, metrics) as saver,
-        faults.told(compute.device, lambda: f"what was saved is kept; go on with: "
-                                            f"{_resume_command(directory, data_dir, log)}"),
-    ):  # fmt: skip
-        metrics.cut(int(state.info["metrics_bytes"]) if state else ticket.metrics_bytes if ticket else 0)
-        collapsed: set[str] = set()
-        agreed = member.in_step.agreed if member else _alone
-        for event in find_tickets(recipe, source, compute, ticket=ticket, state=state, engine=made):
-            if line := record(event):
-                metrics.write(line)
-                others.write(line)
-            show(Notice(event.text) if isinstance(event, Said) else event)
-            if isinstance(event, RoundStarted) and ticket:
-                found = collapses(net_units(recipe, ticket.mask(event.round)))
-                for layer in sorted(found.keys() - collapsed):  # once, not in every round from here on
-                    show(Notice(f"warning: in round {event.round} {layer} {found[layer]}"))
-                collapsed |= found.keys()
-            if isinstance(event, InRound) and isinstance(event.event, ChunkDone):
-                place = event.round, event.event.iteration
-                if number := agreed(place, "stop", stopped):
-                    saver.state(event)
-                    one = " (this replicate; the same command as before: all)" if replicate[1] > 1 else ""
-                    command = _resume_command(directory, data_dir, log)
-                    raise Stopped(f"stopped and saved; go on with{one}: {command}", number)
-                if agreed(place, "save", saver.due):
-                    saver.state(event)
-            elif isinstance(event, RoundFinished):
-                ticket, k = event.ticket, event.round
-                before = ticket.rewind if k or not ticket.rewind_iteration else theta0(recipe)
-                previous = ticket.mask(k - 1) if k else None
-                for line in layer_records(recipe, k, ticket.mask(k), previous, before, event.trained()):
-                    metrics.write(line)
-                saver.round(event)
-                rounds = ticket.rounds
-    return Replicate(recipe.seeds.base, directory.path, tuple(rounds))
+def _of_layers(recipe: Recipe, event: RoundFinished) -> Iterable[Mapping[str, Any]]:
+    """A line for each layer of a round that ended."""
+    ticket, k = event.ticket, event.round
+    before = ticket.rewind if k or not ticket.rewind_iteration else theta0(recipe)
+    previous = ticket.mask(k - 1) if k else None
+    return layer_records(recipe, k, ticket.mask(k), previous, before, event.trained())
 
 
 def _alone(_place: tuple[int, int], _question: str, ask: Callable[[], Answer]) -> Answer:

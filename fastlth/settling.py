@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastlth.data.sources import Source
@@ -24,26 +24,12 @@ def settle(
 ) -> Settled:
     """The compute section of this run: as it was resolved at its first start, else as ``resolved`` says, else resolved
     now; written down. With what is not as it was then, and the images/s that were measured."""
-    kept: Mapping[str, Any] | None = None
-    moved: str | None = None
-    for before in (directory.resolved, resolved):
-        if before is None or kept is not None:
-            continue
-        names = [f.name for f in dataclasses.fields(ComputeSection) if f.name in before]
-        compute = ComputeSection(**{name: before[name] for name in names})
-        try:
-            device(compute.device)
-            engine(dataclasses.replace(recipe, compute=compute))
-            kept = before
-        except DeviceError:
-            moved = moved or f"{compute.device} is not there any more"
-        except RecipeError as error:
-            moved = moved or str(error)
-    shared = kept is None or (compute.engine, compute.compile, compute.kept) == ("dense", "off", {})
-    if team is not None and not shared:
-        kept, moved = None, f"{team.size} processes train it, by the dense engine"
+    compute, kept, moved = _usable(recipe, [r for r in (directory.resolved, resolved) if r is not None])
+    alike = compute is not None and (compute.engine, compute.compile, compute.kept) == ("dense", "off", {})
+    if team is not None and compute is not None and not alike:
+        compute, moved = None, f"{team.size} processes train it, by the dense engine"
     measured: Mapping[str, float] = {}
-    if kept is None:
+    if compute is None:
         asked = recipe if team is None else parallel.narrowed(recipe)
         choice = resolve(asked, lambda candidate: make_engine(candidate, source))
         compute, measured = choice.compute, choice.images_per_second
@@ -57,3 +43,24 @@ def settle(
         log = [*(directory.resolved or kept).get("moved", []), *([moved] if moved else [])]
         directory.write_recipe(recipe, {**kept, "environment": here, **({"moved": log} if log else {})})
     return compute, moved, measured
+
+
+def _usable(
+    recipe: Recipe, known: Sequence[Mapping[str, Any]]
+) -> tuple[ComputeSection | None, Mapping[str, Any], str | None]:
+    """The first of ``known`` with which the recipe can be trained here: its compute section (None if there is none),
+    all of it, and why one before it could not be."""
+    moved: str | None = None
+    for one in known:
+        names = [f.name for f in dataclasses.fields(ComputeSection) if f.name in one]
+        compute = ComputeSection(**{name: one[name] for name in names})
+        try:
+            device(compute.device)
+            engine(dataclasses.replace(recipe, compute=compute))
+        except DeviceError:
+            moved = moved or f"{compute.device} is not there any more"
+        except RecipeError as error:
+            moved = moved or str(error)
+        else:
+            return compute, one, moved
+    return None, {}, moved

@@ -38,12 +38,12 @@ from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import RECIPE, Run, parent_folder, run_folders
 from fastlth.tickets import theta0
 from fastlth.training import faults
+from fastlth.training.available import device, engine, kernels, loader
 from fastlth.training.engines.base import Engine, Member
 from fastlth.training.kept import check as check_kept
 from fastlth.training.parallel import lead
 from fastlth.training.parallel import team as parallel
 from fastlth.training.parallel.team import Team
-from fastlth.training.resolve import device, engine, kernels, loader
 from fastlth.training.shifted import swap
 from fastlth.training.trainer import ChunkDone
 

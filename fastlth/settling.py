@@ -10,10 +10,11 @@ from fastlth.data.sources import Source
 from fastlth.errors import DeviceError, RecipeError
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.store.run import Run
+from fastlth.training.available import device, engine, environment
 from fastlth.training.engines.make import make_engine
 from fastlth.training.parallel import team as parallel
 from fastlth.training.parallel.team import Team
-from fastlth.training.resolve import device, engine, environment, resolve
+from fastlth.training.resolve import resolve
 
 Settled = tuple[ComputeSection, str | None, Mapping[str, float]]
 """the compute section, what is not as it was when the run began, and the images/s that were measured now"""

@@ -27,13 +27,14 @@ from fastlth.search import over
 from fastlth.side_by_side import cores
 from fastlth.store.run import Run
 from fastlth.tickets import theta0
+from fastlth.training.available import device, engine, environment
 from fastlth.training.engines import fleet, room, streams
 from fastlth.training.engines.base import Member
 from fastlth.training.engines.fleet import Fleet
 from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
 from fastlth.training.engines.streams import Streams
-from fastlth.training.resolve import device, engine, environment, resolve
+from fastlth.training.resolve import resolve
 
 UNSUPPORTED = {"batched": fleet.unsupported, "streams": streams.unsupported}
 GAIN = 1.05

@@ -76,6 +76,8 @@ class View:
         )
         self._pace = _Pace()
         self._said_long = False
+        self.began = False
+        """whether anything had to be trained"""
         self._line_at = time.monotonic()
         self._race = _Race()
 
@@ -109,6 +111,7 @@ class View:
 
     def _started(self, event: Started) -> None:
         recipe = event.recipe
+        self.began = True
         self._pace = _Pace(recipe.train.iterations, recipe.prune.rounds, recipe.prune.rewind_to)
         self._progress.update(self._task, rounds=recipe.prune.rounds, total=recipe.train.iterations, visible=True)
         if event.replicate[0] == 0 and self._header:
@@ -150,6 +153,7 @@ class View:
     def _beside(self, beside: Beside) -> None:
         """Replicates side by side: their finished rounds as lines, one bar for all steps."""
         event = beside.event
+        self.began = True
         if isinstance(event, Started) and self._race.has(beside.replicate):  # another search, of the next rewind point
             self._race = _Race()
         race = self._race

@@ -17,7 +17,7 @@ import torch
 
 from fastlth.errors import DeviceError
 from fastlth.store.lock import Lock
-from fastlth.training import resolve
+from fastlth.training import available
 from tests.helpers import small_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -202,10 +202,10 @@ def test_apples_gpu_is_a_device_that_auto_takes(monkeypatch: pytest.MonkeyPatch)
     recipe = small_recipe(compute__device="auto", compute__engine="auto")
     for there, chosen in ((True, "mps"), (False, "cpu")):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=there: there)
-        assert resolve.device("auto") == chosen
-        assert resolve.engine(recipe) == ("dense" if there else "auto")
+        assert available.device("auto") == chosen
+        assert available.engine(recipe) == ("dense" if there else "auto")
     with pytest.raises(DeviceError, match=r"--device mps is not there; this machine has cpu$"):
-        resolve.device("mps")
+        available.device("mps")
 
 
 def test_the_command_line_starts_without_the_packages_that_compute() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlth.catalogue import DATASETS
-from fastlth.cli.options import MODEL_NAMES, OWN_NET, Json, numbers
+from fastlth.cli.options import COMPLETE_DATASET, COMPLETE_MODEL, MODEL_NAMES, OWN_NET, Json, numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,8 +19,8 @@ app = typer.Typer(help="Measure speed and size on this machine, in paired ratios
 Opt = typer.Option
 FIRST = "finding out what is fastest here; for a large net that alone takes minutes, most of them torch.compile's"
 SHAPES = f"Whose image shape: {', '.join(DATASETS)}"
-Model = Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}")]
-Dataset = Annotated[str, typer.Argument(help=SHAPES)]
+Model = Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}", autocompletion=COMPLETE_MODEL)]
+Dataset = Annotated[str, typer.Argument(help=SHAPES, autocompletion=COMPLETE_DATASET)]
 Record = Annotated[Path | None, Opt(help="Append the document and what a short search reaches to this .jsonl file.")]
 Seconds = Annotated[float, Opt(min=0.1, help="Time for each comparison.")]
 

@@ -10,12 +10,15 @@ import typer
 from fastlth.cli.options import (
     BatchSize,
     DataDir,
+    Dataset,
     Epochs,
     Iterations,
     Json,
     Lr,
+    Model,
     Out,
     Seed,
+    among,
     given,
     length,
     numbers,
@@ -39,7 +42,10 @@ Device = Annotated[str | None, Opt(help="auto, cpu, cuda, cuda:N or mps (default
 
 def branch(
     run: Annotated[Path, typer.Argument(help="A run folder (r<seed>) with finished rounds.")],
-    kind: Annotated[str, typer.Argument(help="; ".join(f"{name}: {what}" for name, what in KINDS.items()))],
+    kind: Annotated[
+        str,
+        typer.Argument(help="; ".join(f"{name}: {what}" for name, what in KINDS.items()), autocompletion=among(KINDS)),
+    ],
     round: Annotated[int | None, Opt(help="Whose mask (default: the winning ticket's, else the last)")] = None,
     rounds: Annotated[str | None, Opt(help="Several: numbers such as 1,7,9, or all.")] = None,
     density: Density = None,
@@ -67,8 +73,8 @@ def branch(
 
 
 def prune_at_init(
-    model: Annotated[str, typer.Argument(help="As in find-ticket.")],
-    dataset: Annotated[str, typer.Argument(help="As in find-ticket.")],
+    model: Model,
+    dataset: Dataset,
     method: Annotated[str, Opt(help=", ".join(METHODS))],
     density: Annotated[float, Opt(help="Share of all weights of Linear and Conv layers that is left.")],
     trials: Trials = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fastlth.catalogue import DATASETS, dataset_name
-from fastlth.cli.options import OWN_DATA, DataDir, Json
+from fastlth.cli.options import COMPLETE_DATASET, OWN_DATA, DataDir, Json
 from fastlth.specs import is_own
 
 app = typer.Typer(help="The data sets, and getting them.", no_args_is_help=True)
@@ -41,7 +41,7 @@ def list_(data_dir: DataDir = None, json: Json = False) -> None:
 
 @app.command("prepare", epilog="Example: fastlth data prepare cifar-10 --data-dir ~/data")
 def prepare(
-    dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)}, {OWN_DATA}")],
+    dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)}, {OWN_DATA}", autocompletion=COMPLETE_DATASET)],
     data_dir: DataDir = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels a side, of an image folder (default: 224)")] = None,
     photo_crop: Annotated[

@@ -21,7 +21,7 @@ def doctor(data_dir: DataDir = None, json: Json = False) -> None:
     from fastlth.cli.show import console, json_document
     from fastlth.data import ffcv
     from fastlth.data.sources import data_root, state
-    from fastlth.training import resolve
+    from fastlth.training import available
 
     def installed(package: str) -> str:
         try:
@@ -29,7 +29,7 @@ def doctor(data_dir: DataDir = None, json: Json = False) -> None:
         except PackageNotFoundError:
             return "not installed"
 
-    chosen = resolve.device("auto")
+    chosen = available.device("auto")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     root = data_root(data_dir)
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -9,7 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from fastlth.catalogue import CRITERIA, DATASETS, MASK_0, MASK_1, SIGN_TESTS
-from fastlth.cli.options import MODEL_NAMES, OWN_DATA, OWN_NET, DataDir, Json, Log, Out, given, length, seconds
+from fastlth.cli.options import (
+    COMPLETE_DATASET,
+    COMPLETE_MODEL,
+    MODEL_NAMES,
+    OWN_DATA,
+    OWN_NET,
+    DataDir,
+    Json,
+    Log,
+    Out,
+    among,
+    given,
+    length,
+    seconds,
+)
 from fastlth.composition import PRESETS, Composed, compose, parse_setting
 from fastlth.errors import RecipeError
 
@@ -26,13 +40,21 @@ def _one_of(what: str, names: tuple[str, ...]) -> str:
 
 
 def find_ticket(
-    model: Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}")],
-    dataset: Annotated[str, typer.Argument(help=f"{', '.join(DATASETS)} (digits comes with scikit-learn), {OWN_DATA}")],
+    model: Annotated[str, typer.Argument(help=f"{MODEL_NAMES}, {OWN_NET}", autocompletion=COMPLETE_MODEL)],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help=f"{', '.join(DATASETS)} (digits comes with scikit-learn), {OWN_DATA}", autocompletion=COMPLETE_DATASET
+        ),
+    ],
     data_path: Annotated[Path | None, typer.Argument(metavar="[DATA_DIR]", help="the same as --data-dir")] = None,
     rounds: Annotated[int | None, Opt(help="Prunings; round 0 is the dense net (default: 20, or the preset's)")] = None,
     to_density: Annotated[float | None, Opt(help="Stop at the first round at or below this density.")] = None,
     one_shot: Annotated[float | None, Opt(help="Prune once, to this density: the rate follows from it.")] = None,
-    preset: Annotated[str | None, Opt(help=f"{', '.join(PRESETS)} (default: paper where it covers the pair)")] = None,
+    preset: Annotated[
+        str | None,
+        Opt(help=f"{', '.join(PRESETS)} (default: paper where it covers the pair)", autocompletion=among(PRESETS)),
+    ] = None,
     seed: Annotated[int | None, Opt(help="Seed of everything random (default: 0)")] = None,
     replicates: Annotated[int, Opt(min=1, help="Searches with seeds SEED, SEED+1, ...; the table shows means.")] = 1,
     iterations: Annotated[int | None, Opt("--iterations", "-i", help="Training steps per round.")] = None,
@@ -127,6 +149,8 @@ def find_ticket(
         searches = search_rewind_points([composed.recipe for composed in points], out=out,
                                         data_dir=data_dir or data_path, replicates=replicates, fresh=fresh,
                                         log=log or (), show=view, stopped=guard, team=team)  # fmt: skip
+    if not view.began:
+        screen.print("finished before; --fresh begins anew", highlight=False)
     for search in searches:
         search_result(search, screen)
     if len(searches) > 1:

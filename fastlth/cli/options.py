@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastlth.catalogue import MODELS
+from fastlth.catalogue import DATASETS, MODELS
 from fastlth.errors import RecipeError
+
+
+def among(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """For the shell's Tab: the names that begin as what is typed does."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random (default: 0)")]
 Iterations = Annotated[int | None, typer.Option("--iterations", "-i", help="Training steps.")]
@@ -26,6 +32,10 @@ Log = Annotated[
     list[str] | None, typer.Option("--log", help="Send metrics to tensorboard or wandb too; may be given twice.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder of all runs.")]
+
+COMPLETE_MODEL, COMPLETE_DATASET = among(MODELS), among(DATASETS)
+Model = Annotated[str, typer.Argument(help="As in find-ticket.", autocompletion=COMPLETE_MODEL)]
+Dataset = Annotated[str, typer.Argument(help="As in find-ticket.", autocompletion=COMPLETE_DATASET)]
 
 OWN_NET = "torchvision:NAME, timm:NAME or your own package.module:function"
 OWN_DATA = "imagefolder:PATH or your own package.module:function"

@@ -25,8 +25,16 @@ EXAMPLE = "Example: fastlth reproduce fc-4 --scale short"
 Opt = typer.Option
 
 
+def _figures(incomplete: str) -> list[str]:
+    from fastlth.experiments.figures.catalogue import FIGURES
+
+    return [name for name in FIGURES if name.startswith(incomplete)]
+
+
 def reproduce(
-    figure: Annotated[str | None, typer.Argument(help="Its name, such as fc-4; --list shows all.")] = None,
+    figure: Annotated[
+        str | None, typer.Argument(help="Its name, such as fc-4; --list shows all.", autocompletion=_figures)
+    ] = None,
     scale: Annotated[
         str, Opt(help="paper, short (fewer iterations, 3 replicates) or smoke (digits, seconds)")
     ] = "paper",

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import BatchSize, DataDir, Epochs, Iterations, Json, Lr, Out, Seed, given, length
+from fastlth.cli.options import (
+    BatchSize,
+    DataDir,
+    Dataset,
+    Epochs,
+    Iterations,
+    Json,
+    Lr,
+    Model,
+    Out,
+    Seed,
+    given,
+    length,
+)
 from fastlth.composition import compose, parse_setting
 
 EXAMPLE = "Example: fastlth supermask lenet-300-100 mnist --method learned --rescale --signed-constant"
@@ -16,8 +29,8 @@ Opt = typer.Option
 
 
 def supermask(
-    model: Annotated[str, typer.Argument(help="As in find-ticket.")],
-    dataset: Annotated[str, typer.Argument(help="As in find-ticket.")],
+    model: Model,
+    dataset: Dataset,
     method: Annotated[str, Opt(help="one-shot, learned or edge-popup")] = "one-shot",
     criterion: Annotated[str, Opt(help="one-shot: how weights are ranked.")] = "large_final_same_sign",
     powers: Annotated[int, Opt(help="one-shot: prune 0 to this many times at once.")] = 24,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastlth.cli.options import BatchSize, DataDir, Epochs, Iterations, Json, Lr, given, length
+from fastlth.cli.options import COMPLETE_DATASET, BatchSize, DataDir, Epochs, Iterations, Json, Lr, given, length
 from fastlth.composition import parse_setting
 
 EXAMPLE = "Example: fastlth transfer runs/lenet-300-100-mnist-c43be567/r0/search.ticket digits --round 7"
@@ -17,7 +17,9 @@ Opt = typer.Option
 
 def transfer(
     ticket: Annotated[Path, typer.Argument(help="A search.ticket file.")],
-    dataset: Annotated[str, typer.Argument(help="As in find-ticket; the ticket's own is fine too.")],
+    dataset: Annotated[
+        str, typer.Argument(help="As in find-ticket; the ticket's own is fine too.", autocompletion=COMPLETE_DATASET)
+    ],
     round: Annotated[int | None, Opt(help="Whose ticket (default: the winning one, else the last); 0: dense.")] = None,
     random_ticket: Annotated[
         bool, Opt("--random-ticket", help="The control: masks permuted over all layers, values drawn fresh.")

@@ -24,10 +24,10 @@ def check(out: Path, *, source: Path, force: bool, folder: Collection[str] = ())
         return
     if out.exists() and source.exists() and out.samefile(source):
         raise OutputError(f"{out} is what is being read; choose another OUT")
-    if not force:
-        raise OutputError(f"{out} exists; choose another OUT or replace it with --force")
     if not folder and out.is_dir():
         raise OutputError(f"{out} is a folder; give the path of a file as OUT")
+    if not force:
+        raise OutputError(f"{out} exists; choose another OUT or replace it with --force")
     if folder and (out.is_symlink() or not out.is_dir() or set(os.listdir(out)) - set(folder)):
         raise OutputError(f"{out} is not a folder of {', '.join(folder)} alone, so --force does not replace it; "
                           "choose another OUT")  # fmt: skip

@@ -31,10 +31,10 @@ from fastlth.store import ticket as tickets
 from fastlth.store.metrics_file import MetricsFile
 from fastlth.store.run import METRICS, RECIPE, Run, read_recipe
 from fastlth.tickets import theta0
+from fastlth.training.available import environment
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine
 from fastlth.training.parallel.team import Team
-from fastlth.training.resolve import environment
 from fastlth.training.trainer import ChunkDone, Progress, train
 
 Stop = Callable[[], int | None]

@@ -12,8 +12,9 @@ from fastlth.errors import DeviceError
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.store import atomic
 from fastlth.store.run import RECIPE, read_recipe
+from fastlth.training.available import device
 from fastlth.training.engines.base import Engine
-from fastlth.training.resolve import device, resolve
+from fastlth.training.resolve import resolve
 
 
 def settled(

@@ -21,7 +21,7 @@ from fastlth.experiments.figures.work import NEEDS_DENSE, Training, follow_train
 from fastlth.models import skeleton
 from fastlth.recipe import Recipe
 from fastlth.store.run import parent_folder
-from fastlth.training import resolve
+from fastlth.training import available
 from fastlth.training.engines import fleet
 
 FLEET = 32
@@ -63,7 +63,7 @@ class Worker:
         if self._on_gpu(recipe):
             return 1
         on_cpu = dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, device="cpu"))
-        return self.cores if resolve.engine(on_cpu) in ("auto", "sparse") else 1
+        return self.cores if available.engine(on_cpu) in ("auto", "sparse") else 1
 
     def replicates(self, recipe: Recipe) -> int:
         """Replicates of one search that a task takes: those that run side by side, or that a GPU trains as one. Of

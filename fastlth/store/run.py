@@ -85,10 +85,11 @@ class Run:
 
     @staticmethod
     def reopen(path: Path) -> Run:
-        """The run at ``path``: an r<seed> folder, or its parent if that holds runs of one seed only.
+        """The run at ``path``: an r<seed> folder, a file in it, or its parent if that holds runs of one seed only.
 
         Raises TicketError where there is no such run, and else as ``open`` does.
         """
+        path = path.parent if path.is_file() else path
         if not _FOLDER.fullmatch(path.absolute().name):
             found = run_folders(path)
             if len({seed for seed, _ in found}) != 1:

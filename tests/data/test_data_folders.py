@@ -25,7 +25,7 @@ from fastlth.running import run
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.store.run import parent_folder
 from fastlth.tickets import load_ticket
-from fastlth.training import resolve
+from fastlth.training import available
 from fastlth.training.engines import make
 from tests.helpers import CPU, assert_same_bits
 
@@ -153,14 +153,14 @@ def test_a_folder_from_the_command_line(loader: str, flowers: Path, tmp_path: Pa
 def test_large_sets_are_streamed(flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(flowers)
     bytes_ = recipe.data.train_images * 16 * 16 * 3
-    monkeypatch.setattr(resolve, "_memory", lambda device: 2 * bytes_)
-    assert resolve.loader("auto", recipe) == "resident"
-    monkeypatch.setattr(resolve, "_memory", lambda device: 2 * bytes_ - 2)
+    monkeypatch.setattr(available, "_memory", lambda device: 2 * bytes_)
+    assert available.loader("auto", recipe) == "resident"
+    monkeypatch.setattr(available, "_memory", lambda device: 2 * bytes_ - 2)
     monkeypatch.setattr(ffcv, "available", lambda: None)
-    assert resolve.loader("auto", recipe) == "ffcv"
+    assert available.loader("auto", recipe) == "ffcv"
     monkeypatch.setattr(ffcv, "available", lambda: "FFCV is not here")
     with pytest.raises(RecipeError, match=r"take 0.0 GiB, too much .*: FFCV is not here, or a smaller --image"):
-        resolve.loader("auto", recipe)
+        available.loader("auto", recipe)
 
 
 def test_the_training_images_of_a_folder_are_not_copied(flowers: Path) -> None:

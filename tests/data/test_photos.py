@@ -28,7 +28,7 @@ from fastlth.recipe import Recipe
 from fastlth.running import run
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.tickets import load_ticket
-from fastlth.training import resolve
+from fastlth.training import available
 from fastlth.training.engines import make
 from tests.helpers import CPU, assert_same_bits
 
@@ -272,16 +272,16 @@ def test_a_beton_of_photographs_is_written_once_and_again_if_damaged(holiday: Pa
 def test_auto_decodes_with_what_is_there(holiday: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(holiday)
     monkeypatch.setattr(ffcv, "available", lambda: None)
-    assert resolve.loader("auto", recipe) == "ffcv"
+    assert available.loader("auto", recipe) == "ffcv"
     monkeypatch.setattr(ffcv, "available", lambda: "FFCV is not here")
-    assert resolve.loader("auto", recipe) == "pillow"
+    assert available.loader("auto", recipe) == "pillow"
     with pytest.raises(RecipeError, match="FFCV is not here"):
-        resolve.loader("ffcv", recipe)
+        available.loader("ffcv", recipe)
     with pytest.raises(RecipeError, match=r"must be auto, ffcv or pillow with data.augment photo-crop, .*'resident'"):
-        resolve.loader("resident", recipe)
+        available.loader("resident", recipe)
     plain = recipe_of(holiday, data__augment="resized-crop", compute__loader="auto")
     with pytest.raises(RecipeError, match=r"must be auto, resident or ffcv but for photo-crop, got 'pillow'"):
-        resolve.loader("pillow", plain)
+        available.loader("pillow", plain)
     with pytest.raises(RecipeError, match=r"data.augment must be another one but for imagefolder:PATH"):
         compose("lenet-5", "cifar-10", settings={"data.augment": "photo-crop"})
 

@@ -18,11 +18,11 @@ from fastlth.errors import RecipeError
 from fastlth.models import build, conv
 from fastlth.search import RoundFinished, find_tickets
 from fastlth.training import host
+from fastlth.training.available import engine as engine_for
 from fastlth.training.engines.arena import Arena
 from fastlth.training.engines.fleet import Fleet
 from fastlth.training.engines.graph import GraphEngine
 from fastlth.training.engines.make import make_engine
-from fastlth.training.resolve import engine as engine_for
 from fastlth.training.resolve import resolve
 from tests.helpers import (
     assert_close_by_norm,

@@ -17,9 +17,10 @@ from fastlth.data.order import Order, split
 from fastlth.data.resident import ResidentLoader
 from fastlth.errors import DeviceError
 from fastlth.models import build
+from fastlth.training.available import kernels
 from fastlth.training.engines.make import make_engine
 from fastlth.training.masked_modules import MaskedConv2d, MaskedLinear, swap_, write_masks
-from fastlth.training.resolve import kernels, resolve
+from fastlth.training.resolve import resolve
 from tests import helpers
 from tests.helpers import assert_close_by_norm, assert_masked, assert_same_bits, compute, half_masks, small_recipe
 from tests.kernels.masked_problems import batched_lenet_step

@@ -10,7 +10,7 @@ import torch
 
 from fastlth.errors import DeviceError, RecipeError
 from fastlth.search import InRound, RoundFinished, find_tickets
-from fastlth.training import resolve
+from fastlth.training import available, resolve
 from fastlth.training.engines import sparse
 from fastlth.training.engines.make import make_engine
 from fastlth.training.lines import Line
@@ -176,9 +176,9 @@ def test_what_it_cannot_train_is_refused_with_the_reason(settings, reason):
     model = settings.pop("model", "lenet-300-100")
     recipe = small_recipe(model, "digits", compute__engine="sparse", **settings)
     with pytest.raises(RecipeError, match=reason):
-        resolve.engine(recipe)
+        available.engine(recipe)
     auto = dataclasses.replace(recipe, compute=compute(recipe, engine="auto"))
-    assert resolve.engine(auto) == "dense"
+    assert available.engine(auto) == "dense"
 
 
 def test_colour_images_are_read_channel_by_channel():
@@ -287,7 +287,7 @@ def test_the_break_even_is_where_two_lines_cross(kept, dense, crossing):
 
 def test_auto_on_a_gpu_that_is_not_there_is_a_device_error():
     with pytest.raises(DeviceError):
-        resolve.engine(sparse_recipe(compute__engine="auto", compute__device="cuda:7"))
+        available.engine(sparse_recipe(compute__engine="auto", compute__device="cuda:7"))
 
 
 def test_a_resolved_choice_really_trains():

@@ -84,7 +84,7 @@ class GraphEngine:
         self.weight_names = weight_names(skeleton(recipe))
         self.prunable = list(layer_rates(self.weight_names, recipe.prune))
         self.arena = Arena(self.model, self.prunable, recipe.train, recipe.compute.precision, dtype)
-        self._input = torch.bfloat16 if recipe.compute.precision == "bf16" else dtype
+        self._compute_dtype = torch.bfloat16 if recipe.compute.precision == "bf16" else dtype
         self._buffers = {n: b for n, b in self.model.state_dict(keep_vars=True).items()
                          if n not in self.arena.weights}  # fmt: skip
         self._dropouts = [m for m in self.model.modules() if isinstance(m, Dropout)]
@@ -185,7 +185,7 @@ class GraphEngine:
 
     def _batch(self, rows: Tensor, epoch: Tensor, position: Tensor, augment: str) -> tuple[Tensor, Tensor]:
         key = self._recipe.seeds.key("augment")
-        kind = torch.float32 if self._input == torch.float64 else self._input
+        kind = torch.float32 if self._compute_dtype == torch.float64 else self._compute_dtype
         if augment in AUGMENTS:
             images, labels = assemble_batch(
                 self._pixels, self._labels, rows, self._table, epoch, position, key, augment, kind
@@ -194,7 +194,7 @@ class GraphEngine:
             chosen = self._pixels.index_select(0, rows).permute(0, 3, 1, 2)
             images = normalise(AUGMENT[augment](chosen, epoch, position, key), self._table, kind)
             labels = self._labels.index_select(0, rows)
-        return images.to(self._input), labels
+        return images.to(self._compute_dtype), labels
 
     def _train_batch(self, size: int) -> tuple[Tensor, Tensor]:
         rows = self._orders.view(-1).index_select(0, self._span[:size] + self._at[ORDER])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -184,6 +185,21 @@ def test_a_capture_forks_into_all_streams_and_joins_and_leaves_no_trace(monkeypa
     cuda.log.clear()
     found.steps[16]()
     assert cuda.log == ["replay"]
+
+
+def test_nothing_is_collected_during_a_capture_and_its_streams_are_the_nets_own(monkeypatch):
+    """A graph that goes during a capture ruins it; one that goes later takes its stream's workspaces along."""
+    (engine,) = Streams(recipes(1), random_source("digits")).engines
+    FakeCuda(monkeypatch)
+    collecting, inner = [], GraphEngine.train_step
+    monkeypatch.setattr(GraphEngine, "train_step", lambda *a, **k: collecting.append(gc.isenabled()) or inner(*a, **k))
+    capture.capture([engine])
+    streams = engine.lane("train"), engine.lane("evaluate")
+    capture.capture([engine])
+    assert collecting and not any(collecting) and gc.isenabled()
+    assert (engine.lane("train"), engine.lane("evaluate")) == streams and streams[0] is not streams[1]
+    engine.small = object()
+    assert engine.lane("train") not in streams and engine.lane("evaluate") not in streams
 
 
 def test_where_memory_is_short_in_a_capture_the_streams_come_back_first(monkeypatch):

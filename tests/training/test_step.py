@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -215,3 +216,17 @@ def test_facts_about_digits_are_those_of_its_images():
     assert (len(source.train.labels), len(source.test.labels)) == (facts.train, facts.test)
     assert source.train.pixels.mean() / 255 == pytest.approx(facts.mean[0], abs=1e-4)
     assert source.train.pixels.std() / 255 == pytest.approx(facts.std[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("before", [(True, False), (True, True), (False, False)])
+def test_writes_in_any_order_leave_the_choice_of_algorithms_as_it_was(before):
+    deterministic, warn_only = before
+    try:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        with contextlib.suppress(KeyError), host.any_order():
+            assert not torch.are_deterministic_algorithms_enabled()
+            raise KeyError
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -94,5 +94,5 @@ def find(spec: str) -> Any:
             raise RecipeError(f"module {module_name} has no '{path}'; check the name in {spec}")
         found = getattr(found, part)
     if not callable(found):
-        raise RecipeError(f"{spec} is a {type(found).__name__}, not a function; give the name of a function")
+        raise RecipeError(f"{spec} is of type {type(found).__name__}, not a function; give the name of a function")
     return found

@@ -173,10 +173,10 @@ def fastlth_images(name: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("net", "says"), [
     ("own_package.nowhere:net", r"cannot import own_package.nowhere .*; install it, or run fastlth in the folder"),
     ("own_package.nets:nothing", "module own_package.nets has no 'nothing'"),
-    ("own_package.nets:number", "number is a int, not a function"),
+    ("own_package.nets:number", "number is of type int, not a function"),
     ("own_package.nets:instance", "instance is a net; give the name of a function"),
     ("own_package.nets:asks", "asks for width; it may ask for shape and classes"),
-    ("own_package.nets:makes_nothing", "returns a int; it must return a torch.nn.Module"),
+    ("own_package.nets:makes_nothing", "returns an object of type int; it must return a torch.nn.Module"),
     ("own_package.nets:no_layer", "no prunable layer"),
     ("own_package.nets:too_few", r"gives \[2, 3\] for two images of 3x8x8 and 4 classes; it must .* \[2, 4\]"),
     ("own_package.nets:one_channel", "cannot be trained on images of 3x8x8: "),

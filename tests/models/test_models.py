@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlth.catalogue import MODEL_ALIASES, lenet_widths, model_name
+from fastlth.catalogue import MODEL_ALIASES, dataset_name, lenet_widths, model_name
 from fastlth.catalogue import MODELS as MODEL_NAMES
 from fastlth.composition import compose, preset_table
 from fastlth.errors import RecipeError
@@ -142,7 +142,7 @@ def test_lenets_of_all_widths():
 
 @pytest.mark.parametrize("name", [
     "lenet-0-100", "lenet-05-3", "lenet-300", "lenet-300-100-10", "lenet-10000-1", "lenet--1-5", "lenet-3e2-1",
-    "lenet-300-100 ", "LeNet-300-100", "resnet-50", "vgg", "lenet-\u0663-5", "",
+    "lenet-300-100 ", "lenet_300_100", "resnet-50", "vgg", "lenet-\u0663-5", "",
 ])  # fmt: skip
 def test_silly_names_are_refused_with_all_that_is_allowed(name):
     with pytest.raises(RecipeError) as caught:
@@ -157,6 +157,8 @@ def test_silly_names_are_refused_with_all_that_is_allowed(name):
 def test_other_spellings_of_a_name():
     assert all(model_name(alias) == name in MODEL_NAMES for alias, name in MODEL_ALIASES.items())
     assert ModelSection(name="vgg-16").name == "vgg16"
+    assert (model_name("LeNet-300-100"), model_name("VGG19")) == ("lenet-300-100", "vgg19")
+    assert dataset_name("CIFAR10") == "cifar-10"
 
 
 def test_the_paper_preset_covers_exactly_the_pairs_counted_here():

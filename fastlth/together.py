@@ -25,6 +25,7 @@ from fastlth.errors import RecipeError
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.search import over
 from fastlth.side_by_side import cores
+from fastlth.store.inspect import summary
 from fastlth.store.run import Run
 from fastlth.tickets import theta0
 from fastlth.training.available import device, engine, environment
@@ -59,8 +60,8 @@ def check(recipe: Recipe) -> None:
 
 def unfinished(directories: Sequence[Run]) -> list[int]:
     """The replicates that are still to be done."""
-    tickets = [d.ticket(theta0) for d in directories]
-    return [r for r, t in enumerate(tickets) if t is None or not over(directories[r].recipe, t.rounds)]
+    return [r for r, d in enumerate(directories)
+            if not (d.ticket_path.exists() and over(d.recipe, summary(d.ticket_path).rounds))]  # fmt: skip
 
 
 def threads(directories: Sequence[Run], todo: Sequence[int], source: Source, resolved: Mapping[str, Any] | None) -> int:

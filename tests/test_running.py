@@ -9,6 +9,7 @@ import pytest
 import fastlth
 from fastlth.errors import Stopped
 from fastlth.running import run
+from fastlth.search import RoundStarted
 from fastlth.store.cleaning import find
 from fastlth.store.listing import list_runs
 from tests.helpers import CPU, small_recipe
@@ -57,3 +58,28 @@ def test_a_ticket_and_the_package_show_themselves_in_a_line(tmp_path):
     text = repr(fastlth.load_ticket(search.ticket))
     assert text.startswith("<ticket of lenet-300-100 on digits, seed 0: rounds 0 to 1, density 80.20%, in /")
     assert {"run", "compose", "load_ticket"} <= set(dir(fastlth)) and "PackageNotFoundError" not in dir(fastlth)
+
+
+def test_a_search_without_a_target_goes_on_where_nothing_is_left(tmp_path):
+    recipe = small_recipe(train__iterations=2, evaluate__every=2, prune__rounds=2, train__lr=1e-7,
+                          prune__criterion="large_final_diff_sign_single")  # fmt: skip
+    assert [r["density"] for r in run(recipe, out=tmp_path).rounds] == [1.0, 0.0, 0.0]
+    assert len(run(recipe, out=tmp_path).rounds) == 3
+
+
+def test_the_state_of_a_round_that_another_call_asked_for_is_kept(tmp_path):
+    """Stopped inside round 2, then asked for round 1 alone: the longer search can still go on from its state."""
+    recipe = small_recipe(train__iterations=4, evaluate__every=4, prune__rounds=2)
+    asked = iter(range(100))
+    seen = []
+
+    def stopped():
+        return 15 if seen and seen[-1] == 2 and next(asked) == 0 else None
+
+    with pytest.raises(Stopped):
+        run(recipe, out=tmp_path, stopped=stopped,
+            show=lambda event: seen.append(event.round) if isinstance(event, RoundStarted) else None)  # fmt: skip
+    short = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, to_density=0.9))
+    [found] = run(short, out=tmp_path).replicates
+    assert (found.path / "state.safetensors").exists() and find(tmp_path) == []
+    assert len(run(recipe, out=tmp_path).rounds) == 3

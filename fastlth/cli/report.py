@@ -51,7 +51,8 @@ def report(
         subjects = subject.read(given)
         last = max(s.rounds for s in subjects) - 1
         if beyond := [k for k in chosen or () if not 0 <= k <= last]:
-            raise RecipeError(f"--rounds {beyond[0]} is not there; choose from 0 to {last}, the finished ones")
+            there = f"choose from 0 to {last}, the finished ones" if last >= 0 else "no round is finished yet"
+            raise RecipeError(f"--rounds {beyond[0]} is not there; {there}")
         found = searches.document(subjects, command, chosen)
     else:
         raise RecipeError("report needs a run: give run folders or ticket files ('fastlth runs' lists the runs)")

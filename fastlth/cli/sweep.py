@@ -113,7 +113,7 @@ def _report(jobs: Sequence[Job], out: Path, folder: Path, screen: Console) -> di
     parents = dict.fromkeys(parent_folder(out, job.recipe) for job in jobs)
     begun = [p for p in parents if any((r / "recipe.toml").exists() for r in p.glob("r*"))]
     if not begun:
-        screen.print(f"no search has begun; {folder} is left as it is", highlight=False, soft_wrap=True)
+        screen.print(f"no search has begun: there is nothing to report in {folder}", highlight=False, soft_wrap=True)
         return {"searches": found, "table": None, "report": None}
     table = results.write(jobs, out, folder)
     command = shlex.join(["fastlth", *sys.argv[1:]])

@@ -92,7 +92,8 @@ class PruneSection:
     def asked(self, densities: Sequence[float]) -> int:
         """How many rounds a search makes, the dense one included, as far as the densities of its first ones tell: up to
         the first at or below ``to_density``, or to the last."""
-        reached = (k for k, density in enumerate(densities) if density <= (self.to_density or 0))
+        target = self.to_density
+        reached = (k for k, density in enumerate(densities) if target is not None and density <= target)
         return min(next(reached, self.rounds), self.rounds) + 1
 
     @property

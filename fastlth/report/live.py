@@ -16,6 +16,7 @@ from fastlth.errors import TicketError
 from fastlth.recipe import Recipe
 from fastlth.report.subject import records
 from fastlth.search import over, winning_round
+from fastlth.store.lock import held
 from fastlth.store.run import LOCK, METRICS, RECIPE, read_recipe, run_folders
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ def find(path: Path) -> Path | None:
     what ``auto`` becomes is still being found out. Raises TicketError where there is none."""
     if (path / RECIPE).exists():
         return path
-    opened = [folder for folder in (path, *run_folders(path).values()) if (folder / LOCK).exists()]
-    found = [folder for folder in opened if (folder / RECIPE).exists()]
-    if opened and not found:
+    folders = run_folders(path).values()
+    found = [folder for folder in folders if (folder / RECIPE).exists()]
+    if not found and any(held(folder / LOCK) for folder in (path, *folders)):
         return None
     if not found:
         raise TicketError(f"there is no run in {path}; give a run folder r<seed> ('fastlth runs' lists the runs)")

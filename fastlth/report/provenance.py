@@ -12,6 +12,7 @@ from fastlth import toml
 from fastlth.composition import compose, presets_for
 from fastlth.recipe import FACTS, Recipe
 from fastlth.report.subject import Subject
+from fastlth.store.run import RECIPE
 
 FLAGS = {
     "prune.rounds": "--rounds", "prune.to_density": "--to-density", "prune.rate": "--rate", "prune.scope": "--scope",
@@ -80,12 +81,18 @@ def commands(subject: Subject) -> list[str]:
             start += [FLAGS[d.setting], str(d.here)]
         else:
             start += ["--set", f"{d.setting}={_toml(d.here)}"]
-    out = subject.replicates[0].path.parent.parent
-    start += ["--out", str(out)] if out.name and out != Path("runs") else []
+    start += _out(subject.replicates[0].path)
     runs = []
     for first, count in _consecutive(sorted({r.seed for r in subject.replicates})):
         runs.append([*start, "--seed", str(first)] + (["--replicates", str(count)] if count > 1 else []))
     return [shlex.join(run) for run in runs]
+
+
+def _out(path: Path) -> list[str]:
+    """--out for a run folder or a ticket in it; nothing for the default, or for a ticket that lies elsewhere."""
+    folder = path.parent if path.is_file() else path
+    out = folder.parent.parent
+    return ["--out", str(out)] if (folder / RECIPE).exists() and out not in (Path("runs"), Path()) else []
 
 
 def _consecutive(seeds: Sequence[int]) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlth.errors import RunLockedError, TicketError
-from fastlth.store import atomic, weights
+from fastlth.store import atomic, container, strict_json, weights
 from fastlth.store.inspect import verify
 from fastlth.store.listing import list_runs
 from fastlth.store.run import STATE, TICKET, Run
@@ -32,12 +32,20 @@ def find(out: Path, *, trained: bool = False) -> list[Waste]:
         if info.problem or info.rounds_done < info.rounds_asked:
             continue
         state = info.path / STATE
-        if state.exists():
+        if state.exists() and _round(state) != info.rounds_done:  # another time more rounds may have been asked for
             found.append(Waste(state, state.stat().st_size, "state of a round that is done"))
         if trained:
             files = [weights.path(info.path, k) for k in weights.rounds(info.path)]
             found += [Waste(f, f.stat().st_size, "trained weights; the ticket can be trained again") for f in files]
     return found
+
+
+def _round(state: Path) -> int | None:
+    """The round that a saved state is of; None if it cannot be read."""
+    try:
+        return int(strict_json.loads(container.read_header(state).metadata["info"])["round"])
+    except (TicketError, KeyError, TypeError, ValueError):
+        return None
 
 
 def remove(waste: list[Waste]) -> list[Waste]:

@@ -74,6 +74,23 @@ class Lock:
             self._fd = -1
 
 
+def held(path: Path) -> bool:
+    """Whether somebody holds the lock of this file now."""
+    try:
+        fd = os.open(path, os.O_RDWR | atomic.BINARY)
+    except OSError:
+        return False
+    try:
+        _take(fd)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
 def _name() -> bytes:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}).encode()

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fastlth.errors import TicketError
 from fastlth.report import live
+from fastlth.store.lock import Lock
 
 
 @pytest.fixture
@@ -58,6 +59,8 @@ def test_a_run_that_is_still_being_timed_is_waited_for(growing, tmp_path):
     with pytest.raises(TicketError, match="there is no run in"):
         live.find(folder)
     (folder / "lock").touch()
+    with pytest.raises(TicketError, match="there is no run in"):  # whoever held it is gone
+        live.find(folder)
 
     def later(seconds):
         if len(slept) == 0:
@@ -65,8 +68,11 @@ def test_a_run_that_is_still_being_timed_is_waited_for(growing, tmp_path):
             (folder / "recipe.toml").write_text(recipe)
         sleep(seconds)
 
-    out = io.StringIO()
-    assert live.follow(folder.parent, Console(file=out, width=120), every=0.5, sleep=later).finished
+    out, lock = io.StringIO(), Lock(folder / "lock")
+    try:
+        assert live.follow(folder.parent, Console(file=out, width=120), every=0.5, sleep=later).finished
+    finally:
+        lock.release()
 
 
 def test_a_parent_means_the_replicate_written_last(searched, tmp_path):

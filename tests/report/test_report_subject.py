@@ -188,6 +188,8 @@ def test_the_command_makes_the_recipe_again(name, subjects):
     keys = {flag: key for key, flag in provenance.FLAGS.items()}
     preset, _ = options.pop("--preset", None), options.pop("--seed")
     assert options.pop("--out") == str(one.replicates[0].path.parent.parent)
+    by_ticket = dataclasses.replace(one.replicates[0], path=one.replicates[0].path / "search.ticket")
+    assert provenance.commands(dataclasses.replace(one, replicates=(by_ticket,))) == [command]
     settings |= dict(parse_setting(f"{keys[flag]}={value}") for flag, value in options.items())
     made = compose(words[2], words[3], preset=preset, settings=settings).recipe
     assert made == recipe

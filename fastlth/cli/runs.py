@@ -31,7 +31,7 @@ def runs(context: typer.Context, out: Out = Path("runs"), json: Json = False) ->
         rows.append({
             "run": str(run.path), "model": run.model, "dataset": run.dataset, "seed": run.seed,
             "rounds_done": run.rounds_done, "rounds_asked": run.rounds_asked, "winning_round": winner,
-            "bytes": run.bytes, "problem": run.problem or None,
+            "bytes": run.bytes, "branches": list(run.branches), "problem": run.problem or None,
         })  # fmt: skip
     if json:
         json_document({"runs": rows})
@@ -45,8 +45,8 @@ def runs(context: typer.Context, out: Out = Path("runs"), json: Json = False) ->
         table.add_column(column, overflow="fold")
     for row in rows:
         winner_text = "-" if row["winning_round"] is None else f"round {row['winning_round']}"
-        done = "damaged" if row["problem"] else f"{row['rounds_done']}/{max(row['rounds_done'], row['rounds_asked'])}"
-        table.add_row(row["run"], row["model"], row["dataset"], str(row["seed"]), done, winner_text, size(row["bytes"]))
+        table.add_row(row["run"], row["model"], row["dataset"], str(row["seed"]), _progress(row), winner_text,
+                      size(row["bytes"]))  # fmt: skip
     screen.print(table)
 
 
@@ -70,6 +70,14 @@ def clean(
     if json:
         json_document({"removed": [str(item.path) for item in gone], "bytes": sum(item.bytes for item in gone)})
     screen.print(f"{size(sum(item.bytes for item in gone))} freed", highlight=False)
+
+
+def _progress(row: dict[str, Any]) -> str:
+    if row["problem"]:
+        return "damaged"
+    if not row["rounds_done"] and row["branches"]:
+        return "controls only"
+    return f"{row['rounds_done']}/{max(row['rounds_done'], row['rounds_asked'])}"
 
 
 def size(count: int) -> str:

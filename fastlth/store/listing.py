@@ -24,6 +24,8 @@ class RunInfo:
     """how many it makes, the dense one included: fewer than prune.rounds + 1 where it has come to prune.to_density"""
     bytes: int
     """of every file in the folder"""
+    branches: tuple[str, ...] = ()
+    """folders of its control runs; a run that only prune-at-init made has nothing else"""
     problem: str = ""
     """why the run cannot be read; then model and dataset are empty and the counts 0"""
 
@@ -46,7 +48,8 @@ def _info(path: Path, seed: int) -> RunInfo:
         problem = str(error)
     return RunInfo(
         path=path, model=model, dataset=dataset, seed=seed, rounds_done=done, rounds_asked=asked,
-        bytes=_size(path), problem=problem,
+        bytes=_size(path), branches=tuple(sorted(f.parent.name for f in path.glob("branches/*/branch.toml"))),
+        problem=problem,
     )  # fmt: skip
 
 

@@ -67,3 +67,16 @@ def test_trained_weights_stay_unless_asked_for(folder, clean):
     clean("--out", out, answer="y\n")
     assert not (run / "state.safetensors").exists()
     assert len(list((run / "weights").iterdir())) == 2
+
+
+def test_a_run_with_nothing_but_controls_says_so(command, tmp_path):
+    asked = ("prune-at-init", "lenet-300-100", "digits", "--method", "erk", "--density", "0.1", "--trials", "1",
+             "-i", "20", "-b", "32", "--set", "compute.threads=1", "--out", tmp_path, "--json")  # fmt: skip
+    code, out, err = command(*asked)
+    assert code == 0, err
+    folder = json.loads(out)["branch"]
+    code, out, err = command("runs", "--out", tmp_path, "--json")
+    [listed] = json.loads(out)["runs"]
+    assert listed["rounds_done"] == 0 and listed["branches"] == [folder.rsplit("/", 1)[1]]
+    _, _, err = command("runs", "--out", tmp_path)
+    assert "controls only" in " ".join(err.split()) and "0/21" not in err

@@ -15,6 +15,11 @@ def full(weights: Mapping[str, Tensor]) -> Masks:
     return {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
 
 
+def alive(pruned_at: Mapping[str, Tensor], round: int) -> Masks:
+    """The masks of a round, from the round that each weight was removed in: integers, 0 = never."""
+    return {name: (at == 0) | (at > round) for name, at in pruned_at.items()}
+
+
 def kept(masks: Mapping[str, Tensor]) -> int:
     """How many weights are kept, over all masks."""
     return sum(int(m.sum()) for m in masks.values())

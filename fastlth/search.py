@@ -102,7 +102,7 @@ def find_tickets(
         round = len(found.results)
         progress = Progress(recipe.prune.rewind_to if round else 0)
         masks = found.masks()
-        start = found.start(masks)
+        start = found.start()
         engine.set_masks(mask_tools.full(masks) if recipe.prune.trains_pruned else masks)
         engine.rewind(start)
         bird = found.early_bird(masks, start) if recipe.prune.early_bird else None
@@ -161,9 +161,10 @@ class _Found:
         kept, prunable = mask_tools.kept(masks), sum(m.numel() for m in masks.values())
         return kept, prunable, (kept + self._all_weights - prunable) / self._all_weights
 
-    def start(self, masks: Masks) -> dict[str, Tensor]:
+    def start(self) -> dict[str, Tensor]:
         """What the next round starts with: every parameter and buffer."""
-        return actions.start(self._recipe.prune, copies.tensors(self.rewind), masks, self._zero_from,
+        return actions.start(self._recipe.prune, copies.tensors(self.rewind), copies.tensors(self._pruned_at),
+                             self._zero_from,
                              numbers=self._numbers, round=len(self.results), key=self._key)  # fmt: skip
 
     def early_bird(self, masks: Masks, start: Mapping[str, Tensor]) -> EarlyBird:

@@ -59,9 +59,10 @@ class LoadedTicket:
         theta_k, pruned ones as the mask-0 action does (ordinarily theta_k and zero). Round 0 gives theta_k itself, from
         which a search that rewinds late did not train it. Raises TicketError as ``mask``.
         """
-        fill = {name: torch.from_numpy(at) for name, at in self.file.fill.items()}
+        self.mask(round)  # raises for a round that is not there
+        fill, pruned_at = copies.tensors(self.file.fill), copies.tensors(self.file.pruned_at)
         numbers = {name: i for i, name in enumerate(weight_names(skeleton(self.recipe)))}
-        return actions.start(self.recipe.prune, self.rewind(), self.mask(round), fill, numbers=numbers, round=round,
+        return actions.start(self.recipe.prune, self.rewind(), pruned_at, fill, numbers=numbers, round=round,
                              key=self.recipe.seeds.key("prune"))  # fmt: skip
 
     def trained_mask(self, round: int) -> Masks:

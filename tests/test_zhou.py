@@ -42,6 +42,8 @@ SEARCHES = {
                "prune__mask_1": "random_reshuffle"},
     "rescaling": {"prune__criterion": "large_init_large_final", "prune__formulas": "code",
                   "prune__mask_1": "signed_reinit_rescaling"},
+    "piled": {"prune__mask_1": "random_reinit_rescaling", "prune__actions": "code", "prune__mask_0": "freeze_init",
+              "prune__rewind_to": 4},
 }  # fmt: skip
 
 
@@ -228,8 +230,8 @@ def test_batch_norm_and_convolutions_lie_in_any_memory_format():
         masks = ticket.mask(1)
         numbers = {n: i for i, n in enumerate(masks)}
         start = actions.start(recipe.prune, {n: torch.from_numpy(a) for n, a in ticket.rewind.items()},
-                              {n: torch.from_numpy(m) for n, m in masks.items()}, {}, numbers=numbers, round=1,
-                              key=recipe.seeds.key("prune"))  # fmt: skip
+                              {n: torch.from_numpy(at) for n, at in ticket.pruned_at.items()}, {}, numbers=numbers,
+                              round=1, key=recipe.seeds.key("prune"))  # fmt: skip
         assert all((arrays[f"model/{n}"][~m] == start[n].numpy()[~m]).all() for n, m in masks.items())
         starts.append(arrays)
     assert len(starts) == 2

@@ -77,6 +77,7 @@ def _inspected(
         "criterion": recipe.prune.criterion,
         "mask_1": recipe.prune.mask_1,
         "mask_0": recipe.prune.mask_0,
+        "actions": recipe.prune.actions,
         "zeroed": [sum(int(((at > 0) & (at <= k)).sum()) for at in ticket.fill.values()) for k in rounds],
         "units": {"round": looked_at, "layers": [{"name": n, **unit_fields(u)} for n, u in found.items()]},
     }
@@ -90,8 +91,9 @@ def _print_head(document: Mapping[str, Any], recipe: Recipe, screen: Console) ->
                  f"rewind values {sizes['theta0']:,}", highlight=False)  # fmt: skip
     if prune.criterion != "large_final" or not prune.rewinds:
         zeros = f"; {zeroed[-1]:,} initial values zeroed" if prune.zeroes and zeroed else ""
-        screen.print(f"criterion {prune.criterion}, mask-1 action {prune.mask_1}, mask-0 action {prune.mask_0}{zeros}",
-                     highlight=False)  # fmt: skip
+        piled = ", piled up over the rounds" if prune.actions == "code" else ""
+        screen.print(f"criterion {prune.criterion}, mask-1 action {prune.mask_1}{piled}, "
+                     f"mask-0 action {prune.mask_0}{zeros}", highlight=False)  # fmt: skip
 
 
 def _rounds_table(document: Mapping[str, Any]) -> Table:

@@ -138,4 +138,4 @@ def run_folder(path: Path) -> Path:
 
 def plain(prune: PruneSection) -> PruneSection:
     """``prune`` as controls have it: without mask actions and early bird."""
-    return dataclasses.replace(prune, mask_1="none", mask_0="mask", constant=None, early_bird=0.0)
+    return dataclasses.replace(prune, mask_1="none", mask_0="mask", actions="paper", constant=None, early_bird=0.0)

@@ -1,6 +1,6 @@
 """Actions: what kept (mask-1) and pruned (mask-0) weights start a round with.
 
-A round's start is a pure function of the rewind values theta_k, the round's mask, the recipe and its seeds, so a
+A round's start is a pure function of the rewind values theta_k, the masks so far, the recipe and its seeds, so a
 ticket can rebuild it. Where the mask-0 action looks at the training, one byte per weight (``zero_from``, stored in
 the ticket) remembers what it saw. Names and formulas: Zhou et al. 2019, sections 4 and 5, and the authors' program;
 docs/criteria.md is the table. Everything here runs on the CPU: the same bits on every machine.
@@ -8,6 +8,7 @@ docs/criteria.md is the table. Everything here runs on the CPU: the same bits on
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from fastlth_kernels.philox import Key
 from torch import Tensor
 
-from fastlth.masks import Masks
+from fastlth.masks import Masks, alive
 from fastlth.pruning import draws
 from fastlth.recipe import PruneSection
 
@@ -27,7 +28,7 @@ class Layer:
     """One weight tensor of a round about to start."""
 
     initial: Tensor
-    """w_i: theta_k, unmasked"""
+    """w_i: theta_k, unmasked; or what the action made of it in the round before"""
     mask: Tensor
     """bool, True = kept"""
     round: int
@@ -121,24 +122,27 @@ MASK_0: dict[str, Callable[[Layer], Tensor] | None] = {
 
 
 def start(
-    prune: PruneSection, theta: Mapping[str, Tensor], masks: Masks, zero_from: Mapping[str, Tensor],
-    *, numbers: Mapping[str, int], round: int, key: Key,
+    prune: PruneSection, theta: Mapping[str, Tensor], pruned_at: Mapping[str, Tensor],
+    zero_from: Mapping[str, Tensor], *, numbers: Mapping[str, int], round: int, key: Key,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What round ``round`` starts with: every parameter and buffer, on the CPU, pruned weights at their fill.
 
-    ``theta`` is theta_k, ``masks`` those of the round, ``zero_from`` uint8 per prunable weight as ``zeroed`` made
-    it (empty unless the mask-0 action zeroes), ``numbers`` the place of each weight in the model, ``key`` that of
-    the stream ``prune``. Round 0 trains the dense net from ``theta`` itself.
+    ``theta`` is theta_k; ``pruned_at`` (uint8 per prunable weight, on the CPU) the round that it was removed in, 0 if
+    in none; ``zero_from`` the same as ``zeroed`` made it (empty unless the mask-0 action zeroes); ``numbers`` the place
+    of each weight in the model, ``key`` that of the stream ``prune``. Round 0 trains the dense net from ``theta``.
     """
     values = dict(theta)
     if round == 0:
         return values
-    for name, mask in ((n, m.cpu()) for n, m in masks.items()):
-        layer = Layer(initial=theta[name], mask=mask, round=round, number=numbers[name], key=key,
+    masks = {k: alive(pruned_at, k) for k in range(1 if prune.actions == "code" else round, round + 1)}
+    for name in pruned_at:
+        layer = Layer(initial=theta[name], mask=masks[round][name], round=round, number=numbers[name], key=key,
                       constant=prune.constant)  # fmt: skip
-        value, fill = MASK_1[prune.mask_1](layer), MASK_0[prune.mask_0]
+        value, fill = layer.initial, MASK_0[prune.mask_0]
+        for k, mask in masks.items():
+            value = MASK_1[prune.mask_1](dataclasses.replace(layer, initial=value, mask=mask[name], round=k))
         if fill is not None:
-            value = torch.where(mask, value, fill(layer))
+            value = torch.where(layer.mask, value, fill(layer))
         if name in zero_from:
             at = zero_from[name]
             value = value.masked_fill((at > 0) & (at <= round), 0.0)

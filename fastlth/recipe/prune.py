@@ -37,6 +37,9 @@ class PruneSection:
     """what kept weights start a round with (docs/criteria.md); none: their rewind values"""
     mask_0: str = "mask"
     """what pruned weights are kept at (docs/criteria.md); mask: zero"""
+    actions: str = "paper"
+    """paper: the mask-1 action acts on the rewind values; code: on what the round before started with, so that it piles
+    up over the rounds, as in Zhou et al.'s program"""
     constant: float | None = None
     """size of the weights of the *_constant actions; standard deviation of the layer's rewind values if not given"""
     rewind_to: int = 0
@@ -62,6 +65,7 @@ class PruneSection:
         choice("prune.formulas", self.formulas, ("paper", "code"))
         choice("prune.mask_1", self.mask_1, MASK_1)
         choice("prune.mask_0", self.mask_0, MASK_0)
+        choice("prune.actions", self.actions, ("paper", "code"))
         self._check_zhou()
         check("prune.rewind_to", self.rewind_to >= 0, "be at least 0", self.rewind_to)
         check("prune.early_bird", 0 <= self.early_bird < 1, "be in [0, 1), a share of the kept weights",
@@ -80,6 +84,8 @@ class PruneSection:
         check("prune.alpha", self.alpha == 1.0 or (both and self.formulas == "paper"),
                f"be 1 with criterion {self.criterion}, whose formula has no alpha"
                if not both else "be 1 with formulas code, which compares rankings", self.alpha)  # fmt: skip
+        check("prune.actions", self.actions == "paper" or self.mask_1 not in ("none", "mask_init"),
+               f"be paper with mask_1 {self.mask_1}, which gives the same a second time", self.actions)  # fmt: skip
         check("prune.constant", self.constant is None or 0 < self.constant < inf,
                "be greater than 0", self.constant)  # fmt: skip
         check("prune.constant", self.constant is None or "constant" in self.mask_1,

@@ -42,9 +42,9 @@ def permute(w: Array, round: int = ROUND, purpose: int = MASK_1) -> Array:
     return w.ravel()[order(np.arange(w.size), round, purpose)].reshape(w.shape)
 
 
-def reshuffle(w: Array, m: Array) -> Array:
+def reshuffle(w: Array, m: Array, round: int = ROUND) -> Array:
     out = w.copy()
-    out[m] = w[m][order(np.flatnonzero(m), ROUND, MASK_1)]
+    out[m] = w[m][order(np.flatnonzero(m), round, MASK_1)]
     return out
 
 
@@ -73,6 +73,23 @@ KEPT: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
+# Two rounds of the program: what the action of round 2 makes of what that of round 1 made, of all entries.
+PILED: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "random_reinit": lambda w, m, n: permute(permute(w, 1), 2),
+    "signed_reinit": lambda w, m, n: np.abs(permute(permute(w, 1), 2)) * np.sign(w),
+    "random_reshuffle": lambda w, m, n: reshuffle(reshuffle(w, m, 1), n, 2),
+    "signed_reshuffle": lambda w, m, n: np.abs(reshuffle(reshuffle(w, m, 1), n, 2)) * np.sign(w),
+    "signed_constant": lambda w, m, n: std(std(w) * np.sign(w)) * np.sign(w),
+    "rand_signed_constant": lambda w, m, n: permute(
+        std(permute(std(w) * np.sign(w), 1)) * np.sign(permute(std(w) * np.sign(w), 1)), 2),
+    "random_reinit_rescaling": lambda w, m, n: permute(permute(w, 1) * factor(m), 2) * factor(n),
+    "signed_reinit_rescaling": lambda w, m, n:
+        np.abs(permute(np.abs(permute(w, 1)) * np.sign(w) * factor(m), 2)) * np.sign(w) * factor(n),
+    "signed_constant_rescaling": lambda w, m, n: std(std(w) * np.sign(w) * factor(m)) * np.sign(w) * factor(n),
+    "rand_signed_constant_rescaling": lambda w, m, n: PILED["rand_signed_constant"](w, m, n) * factor(m) * factor(n),
+}  # fmt: skip
+
+
 def reshuffled_zeros(wi: Array, wf: Array, gone: Array) -> Array:
     """As many zeros as weights shrank, elsewhere among those that are pruned."""
     places = np.flatnonzero(gone)
@@ -99,6 +116,11 @@ def values(seed: int, nasty: bool = True) -> Array:
     return rng.choice(NASTY, (12, 10)) if nasty else rng.standard_normal((12, 10)).astype(np.float32)
 
 
+def gone(mask: Array, round: int) -> dict[str, torch.Tensor]:
+    """``pruned_at`` of weights that all went in one round."""
+    return {"w": torch.from_numpy(np.where(mask, 0, round).astype(np.uint8))}
+
+
 def start(wi: Array, wf: Array, before: Array, after: Array, mask_1: str, mask_0: str, **settings: Any) -> Array:
     """What round 7 starts with after a round that began with ``wi`` under ``before`` and ended with ``wf``."""
     section = PruneSection(mask_1=mask_1, mask_0=mask_0, **settings)
@@ -109,7 +131,7 @@ def start(wi: Array, wf: Array, before: Array, after: Array, mask_1: str, mask_0
                                {"w": tensor(wf)}, **arguments)  # fmt: skip
     theta = {"w": tensor(wi), "bias": torch.arange(3.0)}
     kept_theta = {n: t.clone() for n, t in theta.items()}
-    values = actions.start(section, theta, {"w": tensor(after)}, zero_from, **arguments)
+    values = actions.start(section, theta, gone(after, ROUND), zero_from, **arguments)
     assert_same_bits(theta, kept_theta)
     assert values.keys() == theta.keys() and torch.equal(values["bias"], theta["bias"])
     return values["w"].numpy()
@@ -167,21 +189,21 @@ def test_mask_init_with_frozen_weights_is_refused():
 def test_round_0_trains_the_net_as_it_is(mask_1, mask_0):
     if (mask_1 == "mask_init") == (mask_0 == "original"):
         theta = {"w": torch.from_numpy(values(0))}
-        masks, none_yet = {"w": torch.ones(12, 10, dtype=torch.bool)}, {"w": torch.zeros(12, 10, dtype=torch.uint8)}
+        none_yet = {"w": torch.zeros(12, 10, dtype=torch.uint8)}
         section = PruneSection(mask_1=mask_1, mask_0=mask_0)
         zero_from = none_yet if section.zeroes else {}
-        got = actions.start(section, theta, masks, zero_from, numbers={"w": 0}, round=0, key=KEY)
+        got = actions.start(section, theta, none_yet, zero_from, numbers={"w": 0}, round=0, key=KEY)
         assert_same_bits(got, theta)
 
 
 @pytest.mark.parametrize("name", [n for n in KEPT if "reinit" in n or "reshuffle" in n or n.startswith("rand")])
 def test_draws_depend_on_seed_round_and_tensor_and_signs_stay_where_they_should(name):
     wi, _, _, after = history(3, False)
-    theta, masks = {"w": torch.from_numpy(wi)}, {"w": torch.from_numpy(after)}
+    theta, pruned_at = {"w": torch.from_numpy(wi)}, gone(after, 1)
 
     def draw(number: int = 1, round: int = 1, key: tuple[int, int] = KEY) -> Array:
         section = PruneSection(mask_1=name)
-        return actions.start(section, theta, masks, {}, numbers={"w": number}, round=round, key=key)["w"].numpy()
+        return actions.start(section, theta, pruned_at, {}, numbers={"w": number}, round=round, key=key)["w"].numpy()
 
     one = draw()
     assert (one == draw()).all()
@@ -192,6 +214,36 @@ def test_draws_depend_on_seed_round_and_tensor_and_signs_stay_where_they_should(
         assert (np.sign(one) == np.sign(wi * after)).all()
     if name.startswith("random_reshuffle"):
         assert (np.sort(one[after]) == np.sort(wi[after])).all()
+
+
+@pytest.mark.parametrize("mask_1", PILED)
+@pytest.mark.parametrize("mask_0", ["mask", "original", "freeze_init"])
+def test_as_the_program_does_actions_pile_up_over_rounds(mask_1, mask_0):
+    for seed in range(3):
+        wi, _, first, second = history(seed, False)
+        at = np.where(first, np.where(second, 0, 2), 1).astype(np.uint8)
+        section = PruneSection(mask_1=mask_1, mask_0=mask_0, actions="code")
+
+        def begin(round: int, section: PruneSection, wi: Array = wi, at: Array = at) -> Array:
+            return actions.start(section, {"w": torch.from_numpy(wi)}, {"w": torch.from_numpy(at)}, {},
+                                 numbers={"w": NUMBER}, round=round, key=KEY)["w"].numpy()  # fmt: skip
+
+        assert (begin(1, section) == begin(1, PruneSection(mask_1=mask_1, mask_0=mask_0))).all()
+        got, wanted = begin(2, section), PILED[mask_1](wi, first, second)
+        np.testing.assert_allclose(got[second], wanted[second], rtol=3e-7)
+        if mask_0 != "original":
+            assert (got[~second] == (wi[~second] if mask_0 == "freeze_init" else 0)).all()
+        else:
+            np.testing.assert_allclose(got, wanted, rtol=3e-7)
+        differs = (got[second] != begin(2, PruneSection(mask_1=mask_1, mask_0=mask_0))[second]).mean()
+        assert differs > 0.5 or mask_1 == "rand_signed_constant"
+
+
+@pytest.mark.parametrize("mask_1", ["none", "mask_init"])
+def test_actions_that_cannot_pile_up_are_refused(mask_1):
+    mask_0 = "original" if mask_1 == "mask_init" else "mask"
+    with pytest.raises(RecipeError, match=rf"prune\.actions must be paper with mask_1 {mask_1}, which gives the same"):
+        PruneSection(mask_1=mask_1, mask_0=mask_0, actions="code")
 
 
 def test_a_given_constant_takes_the_place_of_the_standard_deviation():
@@ -238,7 +290,7 @@ def test_a_decision_about_a_pruned_weight_is_for_ever():
             assert (now[old > 0] == old[old > 0]).all() and set(now[old == 0]) <= {0, round}
             if mask_0 != "freeze_init_zero_all":
                 assert (now[now > 0] == pruned_at[now > 0]).all()
-            values = actions.start(section, {"w": torch.from_numpy(theta)}, {"w": torch.from_numpy(after)}, new,
+            values = actions.start(section, {"w": torch.from_numpy(theta)}, gone(after, round), new,
                                    round=round, **arguments)  # fmt: skip
             assert (values["w"].numpy() == np.where(now > 0, 0, theta)).all()
             frozen = ~mask

@@ -38,17 +38,24 @@ _TAIL = (
      6.89767334985100004550e-1, 1.67638483018380384940e0, 2.05319162663775882187e0, 1.0),
 )  # fmt: skip
 _LN2 = 0.6931471805599453
+_BELOW_MINUS_2 = 0.022750131948179207  # of a standard normal distribution
+_STD_WITHIN_2 = 0.8796256610342398  # its standard deviation when cut off at -2 and 2
 
 Array = NDArray[np.floating]
 
 
-def normal(tensor: int, count: int, key: Key) -> Array:
-    """``count`` standard normal deviates of stream ``tensor``, float64 [count]."""
+def normal(tensor: int, count: int, key: Key, *, truncated: bool = False) -> Array:
+    """``count`` standard normal deviates of stream ``tensor``, float64 [count].
+
+    ``truncated`` ones are drawn from within two standard deviations and widened, so that theirs is 1 again.
+    """
+    below, widened = (_BELOW_MINUS_2, 1.0 / _STD_WITHIN_2) if truncated else (0.0, 1.0)
     out = np.empty(count)
     for start in range(0, count, _BLOCK):
         size = min(_BLOCK, count - start)
         # the middle of one of 2^32 equal intervals: never 0 or 1, |deviate| below 6.4
-        out[start : start + size] = _inverse_normal((words(start, size, key, c2=tensor) + 0.5) * 2.0**-32)
+        p = (words(start, size, key, c2=tensor) + 0.5) * 2.0**-32
+        out[start : start + size] = widened * _inverse_normal(below + (1.0 - 2.0 * below) * p)
     return out
 
 
@@ -92,7 +99,8 @@ def _log(x: Array) -> Array:
 
 def weight_std(shape: Sequence[int], scheme: str = "glorot") -> float:
     """Standard deviation of a weight's initial values, [outputs, inputs, ...]: sqrt(2 / (fan_in + fan_out)) of
-    ``glorot`` (Glorot & Bengio 2010, Gaussian form), sqrt(2 / fan_in) of ``kaiming`` (He et al. 2015)."""
+    ``glorot`` and ``glorot-truncated`` (Glorot & Bengio 2010, Gaussian form), sqrt(2 / fan_in) of ``kaiming`` (He et
+    al. 2015)."""
     outputs, inputs = shape[:2]
     field = math.prod(shape[2:])
     return math.sqrt(2.0 / ((inputs if scheme == "kaiming" else inputs + outputs) * field))
@@ -102,7 +110,8 @@ def initialise_(
     model: nn.Module, key: Key, bias: str = "zero", *,
     weights: str = "glorot", std: float | None = None, norm: str = "one",
 ) -> None:  # fmt: skip
-    """Fill every parameter and buffer in place: normal weights with the ``std`` given, else that of ``weight_std``.
+    """Fill every parameter and buffer in place: normal weights with the ``std`` given, else that of ``weight_std``;
+    cut off at two standard deviations with ``weights="glorot-truncated"``.
 
     Biases are zero, or with ``bias="uniform"`` uniform in +-1/sqrt(fan_in); batch norm starts at scale 1, or with
     ``norm="uniform"`` at scales uniform in [0, 1), and at shift 0, mean 0, variance 1. The stream of a tensor is its
@@ -112,7 +121,8 @@ def initialise_(
     for module in model.modules():
         if isinstance(module, LAYERS) and id(module.weight) in numbers:
             spread = weight_std(module.weight.shape, weights) if std is None else std
-            _fill(module.weight, spread * normal(numbers[id(module.weight)], module.weight.numel(), key))
+            number, truncated = numbers[id(module.weight)], weights == "glorot-truncated"
+            _fill(module.weight, spread * normal(number, module.weight.numel(), key, truncated=truncated))
             if module.bias is not None and bias == "uniform":
                 bound = 1.0 / math.sqrt(module.weight[0].numel())
                 _fill(module.bias, bound * uniform(numbers[id(module.bias)], len(module.bias), key))

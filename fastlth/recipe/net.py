@@ -21,7 +21,8 @@ class ModelSection:
     bias_init: str = "zero"
     """zero (the papers) or uniform in +-1/sqrt(fan_in) (lecode)"""
     weight_init: str = "glorot"
-    """standard deviation of the normal initial weights: glorot (Frankle & Carbin) or kaiming (open_lth)"""
+    """standard deviation of the normal initial weights: glorot (Frankle & Carbin), glorot-truncated (the same of a
+    distribution without its tails, the program of Zhou et al.) or kaiming (open_lth)"""
     weight_std: float | None = None
     """that standard deviation itself, the same in all layers, in place of ``weight_init``"""
     norm_init: str = "one"
@@ -37,7 +38,7 @@ class ModelSection:
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", model_name(self.name))
         choice("model.bias_init", self.bias_init, ("zero", "uniform"))
-        choice("model.weight_init", self.weight_init, ("glorot", "kaiming"))
+        choice("model.weight_init", self.weight_init, ("glorot", "glorot-truncated", "kaiming"))
         check("model.weight_std", self.weight_std is None or 0 < self.weight_std < inf,
                "be greater than 0", self.weight_std)  # fmt: skip
         check("model.weight_std", self.weight_std is None or self.weight_init == "glorot",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from fastlth_kernels.philox import philox, words
 from scipy.special import ndtri
+from scipy.stats import truncnorm
 from torch import nn
 
 from fastlth.composition import compose
@@ -127,9 +128,27 @@ def test_other_spreads_are_the_same_deviates_on_another_scale(how, std):
             assert torch.equal(drawn[name], plain[name])
 
 
+def test_truncated_weights_have_no_tails_and_the_same_spread():
+    """scipy's normal distribution cut off at two standard deviations, over its own standard deviation."""
+    cut = truncnorm(-2, 2)
+    drawn = normal(3, 100_000, KEY, truncated=True)
+    u = (words(0, 100_000, KEY, c2=3).astype(np.float64) + 0.5) / 2**32
+    np.testing.assert_allclose(drawn, cut.ppf(u) / cut.std(), rtol=1e-14, atol=1e-14)  # 0.5 + tiny loses digits
+    assert 2.27 < np.abs(drawn).max() < 2 / cut.std() < 2.274
+    plain, truncated = initialised(small()), initialised(small(), weights="glorot-truncated")
+    for place, (name, p) in enumerate(small().named_parameters()):
+        if p.dim() > 1:
+            std = math.sqrt(2 / sum(fan_in_and_out(p)))
+            wanted = std * normal(place, p.numel(), KEY, truncated=True)
+            np.testing.assert_allclose(truncated[name].flatten().numpy(), wanted, rtol=2e-7)
+        else:
+            assert torch.equal(truncated[name], plain[name])
+
+
 def test_a_net_has_the_spreads_that_weight_stds_gives():
     """Within 5 standard errors, in a convolution, a shortcut and a linear layer of a ResNet."""
-    for settings in ({}, {"model.weight_init": "kaiming"}, {"model.weight_std": 0.05}):
+    for settings in ({}, {"model.weight_init": "kaiming"}, {"model.weight_init": "glorot-truncated"},
+                     {"model.weight_std": 0.05}):  # fmt: skip
         asked = compose("resnet-8", "cifar-10", settings={"train.iterations": 1, "train.batch_size": 1, "train.lr": 1.0,
                                                           **settings}).recipe  # fmt: skip
         net, stds = build(asked), weight_stds(asked)

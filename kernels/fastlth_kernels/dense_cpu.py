@@ -18,12 +18,27 @@ from typing import Any
 
 from .compiled import compiled
 from .shuffles import GROUP, transpose16
-from .simd import HAS_AVX512, LANES, at, fma, gate, larger, load, nonzero, splat, store, where
+from .simd import (
+    HAS_AVX512,
+    LANES,
+    at,
+    fma,
+    gate,
+    larger,
+    load,
+    load_like,
+    nonzero,
+    quarter,
+    splat,
+    store,
+    times,
+    where,
+)
 from .simd import total as lanes_sum
 from .update_cpu import update64
 
-TILE = 6 if HAS_AVX512 else 1
-"""rows at once; fewer registers hold no more than one row"""
+TILE = 6
+"""rows at once"""
 
 
 @compiled
@@ -34,26 +49,19 @@ def product(
     """The 64 numbers at out + i out_row, for i < rows, are memory[start + i] times ``by``, plus the sum over k in
     lists[first : first + count] of memory[a + i a_row + k a_step] times the 64 numbers at b + k b_step."""
     i = 0
-    while TILE > 1 and i + TILE <= rows:
-        c0, c1 = splat(at(memory, start + i)) * by, splat(at(memory, start + i + 1)) * by
-        c2, c3 = splat(at(memory, start + i + 2)) * by, splat(at(memory, start + i + 3)) * by
-        c4, c5 = splat(at(memory, start + i + 4)) * by, splat(at(memory, start + i + 5)) * by
-        for j in range(first, first + count):
-            k = at(lists, j)
-            column, left = load(memory, b + k * b_step), a + i * a_row + k * a_step
-            c0 = fma(at(memory, left), column, c0)
-            c1 = fma(at(memory, left + a_row), column, c1)
-            c2 = fma(at(memory, left + 2 * a_row), column, c2)
-            c3 = fma(at(memory, left + 3 * a_row), column, c3)
-            c4 = fma(at(memory, left + 4 * a_row), column, c4)
-            c5 = fma(at(memory, left + 5 * a_row), column, c5)
-        place = out + i * out_row
-        store(memory, place, c0)
-        store(memory, place + out_row, c1)
-        store(memory, place + 2 * out_row, c2)
-        store(memory, place + 3 * out_row, c3)
-        store(memory, place + 4 * out_row, c4)
-        store(memory, place + 5 * out_row, c5)
+    while i + TILE <= rows:
+        left, place = a + i * a_row, out + i * out_row
+        if HAS_AVX512:
+            _tile(memory, start + i, by, left, a_row, a_step, b, b_step, lists, first, count, place, out_row)
+        else:
+            _tile(memory, start + i, quarter(by, 0), left, a_row, a_step, b, b_step, lists, first, count,
+                  place, out_row)  # fmt: skip
+            _tile(memory, start + i, quarter(by, 1), left, a_row, a_step, b + 16, b_step, lists, first, count,
+                  place + 16, out_row)  # fmt: skip
+            _tile(memory, start + i, quarter(by, 2), left, a_row, a_step, b + 32, b_step, lists, first, count,
+                  place + 32, out_row)  # fmt: skip
+            _tile(memory, start + i, quarter(by, 3), left, a_row, a_step, b + 48, b_step, lists, first, count,
+                  place + 48, out_row)  # fmt: skip
         i += TILE
     while i < rows:
         total = splat(at(memory, start + i)) * by
@@ -62,6 +70,31 @@ def product(
             total = fma(at(memory, a + i * a_row + k * a_step), load(memory, b + k * b_step), total)
         store(memory, out + i * out_row, total)
         i += 1
+
+
+@compiled
+def _tile(
+    memory: Any, start: int, by: Any, a: int, a_row: int, a_step: int, b: int, b_step: int, lists: Any, first: int,
+    count: int, out: int, out_row: int,
+) -> None:  # fmt: skip
+    """Six rows of ``product``, of as many columns as ``by`` has lanes."""
+    c0, c1, c2 = times(at(memory, start), by), times(at(memory, start + 1), by), times(at(memory, start + 2), by)
+    c3, c4, c5 = times(at(memory, start + 3), by), times(at(memory, start + 4), by), times(at(memory, start + 5), by)
+    for j in range(first, first + count):
+        k = at(lists, j)
+        column, left = load_like(memory, b + k * b_step, by), a + k * a_step
+        c0 = fma(at(memory, left), column, c0)
+        c1 = fma(at(memory, left + a_row), column, c1)
+        c2 = fma(at(memory, left + 2 * a_row), column, c2)
+        c3 = fma(at(memory, left + 3 * a_row), column, c3)
+        c4 = fma(at(memory, left + 4 * a_row), column, c4)
+        c5 = fma(at(memory, left + 5 * a_row), column, c5)
+    store(memory, out, c0)
+    store(memory, out + out_row, c1)
+    store(memory, out + 2 * out_row, c2)
+    store(memory, out + 3 * out_row, c3)
+    store(memory, out + 4 * out_row, c4)
+    store(memory, out + 5 * out_row, c5)
 
 
 @compiled

@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from .compiled import compiled
-from .shuffles import GROUP, add_dots, store_dots, total16, turn_in, turn_out
-from .simd import LANES, at, fma, load, splat, store
+from .shuffles import DOTS, GROUP, add_dots, store_dots, total16, turn_in, turn_out
+from .simd import LANES, TWO_SUMS, at, fma, load, splat, store
 from .threads import FLUSH, flush_denormals, wait
 
 
@@ -212,12 +212,13 @@ def _sum1(
     if not fresh:
         even = load(y, there)
     k = begin
-    while k + 1 < end:  # two sums, since one would wait for itself
+    while k + 1 < end and TWO_SUMS:
         even = fma(at(w, k), load(x, source + at(offsets, k)), even)
         odd = fma(at(w, k + 1), load(x, source + at(offsets, k + 1)), odd)
         k += 2
-    if k < end:
+    while k < end:
         even = fma(at(w, k), load(x, source + at(offsets, k)), even)
+        k = end if TWO_SUMS else k + 1  # of two sums at most one entry is left
     store(y, there, even + odd)
 
 
@@ -293,9 +294,9 @@ def _dots(memory: Any, sums: int, d: Any, x: int, offsets: Any, begin: int, end:
     k = begin
     while k < end:
         out = sums + k - begin
-        if end - k > 8:
-            store_dots(memory, out, d, x, 1, offsets, k, 16, more)
-            k += 16
+        if end - k > DOTS // 2:
+            store_dots(memory, out, d, x, 1, offsets, k, DOTS, more)
+            k += DOTS
         elif end - k > 4:
             store_dots(memory, out, d, x, 1, offsets, k, 8, more)
             k += 8

@@ -12,22 +12,38 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import I8, I16, I32, I64, LANES, address_of, called, constant, element_of, joined, shuffled, splatted
+from .simd import (
+    HAS_AVX512,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    address_of,
+    called,
+    constant,
+    element_of,
+    joined,
+    shuffled,
+    splatted,
+)
 
 GROUP = 16
-"""numbers in one register, and what is summed or turned at a time"""
+"""numbers in an AVX-512 register, and what is turned at a time"""
+DOTS = 16 if HAS_AVX512 else 8
+"""numbers in one register, and how many sums over lanes are made at a time"""
 
 
-def _tree(rows: list[Any], b: Any) -> tuple[Any, list[int]]:
-    """Sums of ``len(rows)`` vectors of 16, as one vector, and which row's sum each lane holds.
+def _tree(rows: list[Any], width: int, b: Any) -> tuple[Any, list[int]]:
+    """Sums of at most ``width`` vectors of ``width`` lanes, as one vector, and which row's sum each lane holds.
 
     Two vectors become one in each step, half of either's lanes added to the other half: for 16 rows 15 additions
     instead of 64. With ``b`` None only the second is computed.
     """
-    order = [[i] * GROUP for i in range(len(rows))]
-    block = GROUP // 2
+    order = [[i] * width for i in range(len(rows))]
+    block = width // 2
     while block:
-        lanes = [s + t + base for s in range(0, GROUP, 2 * block) for base in (0, GROUP) for t in range(block)]
+        lanes = [s + t + base for s in range(0, width, 2 * block) for base in (0, width) for t in range(block)]
         half = max(len(order) // 2, 1)
         pairs = [(i, i + half if len(order) > 1 else i) for i in range(half)]
         if b is not None:
@@ -44,13 +60,13 @@ def _tree(rows: list[Any], b: Any) -> tuple[Any, list[int]]:
 def store_dots(
     typing: Any, memory: Any, out: Any, d: Any, x: Any, pitch: Any, indices: Any, k: Any, count: Any, add: Any
 ) -> Any:
-    """memory[out + i] = dot(d, row indices[k + i] of x) for i < count, a literal 4, 8 or 16; plus what is there
-    where ``add`` is True. Row r of x is the `Lanes` at x + r * pitch."""
+    """memory[out + i] = dot(d, row indices[k + i] of x) for i < count, a literal power of 2 up to DOTS; plus what is
+    there where ``add`` is True. Row r of x is the `Lanes` at x + r * pitch."""
     size = count.literal_value
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
         _, out, d, x, pitch, _, k, _, add = args
-        lanes = _tree([None] * size, None)[1]
+        lanes = _tree([None] * size, DOTS, None)[1]
         parts: list[Any] = [None] * size
         data = context.make_array(sig.args[5])(context, b, args[5]).data
         for entry in range(size):
@@ -58,7 +74,7 @@ def store_dots(
             place = b.add(x, b.mul(column, pitch))
             row = b.load(address_of(context, b, sig.args[0], args[0], place, d.type), align=64)
             parts[entry] = _folded(b, d, row)
-        dots, _ = _tree(parts, b)
+        dots, _ = _tree(parts, DOTS, b)
         dots = shuffled(b, dots, dots, [lanes.index(entry) for entry in range(size)])
         there = address_of(context, b, sig.args[0], args[0], out, dots.type)
         old = b.select(add, b.load(there, align=4), constant(dots.type, 0.0))
@@ -70,8 +86,8 @@ def store_dots(
 
 
 def _folded(b: Any, x: Any, y: Any) -> Any:
-    """x * y, summed from 64 lanes to 16."""
-    part = [(shuffled(b, v, v, list(range(i, i + GROUP)))) for i in range(0, LANES, GROUP) for v in (x, y)]
+    """x * y, summed from 64 lanes to DOTS."""
+    part = [(shuffled(b, v, v, list(range(i, i + DOTS)))) for i in range(0, LANES, DOTS) for v in (x, y)]
     folded = b.fmul(part[0], part[1])
     for u, v in zip(part[2::2], part[3::2], strict=True):
         folded = called(b, "fma", u, v, folded)
@@ -281,7 +297,7 @@ def total16(typing: Any, memory: Any, sums: Any, out: Any) -> Any:
         for i in range(GROUP):
             place = b.add(sums, ir.Constant(I64, GROUP * i))
             rows.append(b.load(address_of(context, b, sig.args[0], memory, place, kind), align=64))
-        totals, lanes = _tree(rows, b)
+        totals, lanes = _tree(rows, GROUP, b)
         totals = shuffled(b, totals, totals, [lanes.index(i) for i in range(GROUP)])
         b.store(totals, address_of(context, b, sig.args[0], memory, out, kind), align=4)
         return context.get_dummy_value()

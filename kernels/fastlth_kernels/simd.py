@@ -23,7 +23,11 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 64
 
-HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f", False))
+HAS_AVX512, HAS_AVX2 = (bool(llvm.get_host_cpu_features().get(name, False)) for name in ("avx512f", "avx2"))
+
+TWO_SUMS = HAS_AVX512
+"""Whether a long sum of `Lanes` is made as two: one in AVX-512's four registers would wait for itself; one in AVX2's
+eight does not, and two would leave no register for anything else."""
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FAST = ("contract", "reassoc", "nsz", "arcp")  # NaN and infinity keep their meaning
@@ -102,8 +106,18 @@ def load(typing: Any, memory: Any, offset: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def load_like(typing: Any, memory: Any, offset: Any, other: Any) -> Any:
+    """As many numbers at ``offset`` as ``other`` has lanes."""
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.load(address_of(context, b, sig.args[0], args[0], args[1], args[2].type), align=64)
+
+    return other(memory, types.int64, other), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def store(typing: Any, memory: Any, offset: Any, value: Any) -> Any:
-    """Write 64 numbers at ``offset``."""
+    """Write the lanes of ``value`` at ``offset``."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
         b.store(args[2], address_of(context, b, sig.args[0], args[0], args[1], args[2].type), align=64)
@@ -149,11 +163,34 @@ def splat(typing: Any, x: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def splat_like(typing: Any, x: Any, other: Any) -> Any:
+    """The number x in as many lanes as ``other`` has."""
+    return other(x, other), lambda context, b, sig, args: splatted(b, args[0], args[1].type.count)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def times(typing: Any, x: Any, y: Any) -> Any:
+    """The number x times each lane of y."""
+    return y(x, y), lambda context, b, sig, args: b.fmul(splatted(b, args[0], args[1].type.count), args[1], flags=FAST)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def quarter(typing: Any, x: Any, which: Any) -> Any:
+    """A quarter of the lanes of x: number ``which``, a literal 0 to 3."""
+    size, begin = x.count // 4, which.literal_value * (x.count // 4)
+
+    def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return shuffled(b, args[0], args[0], list(range(begin, begin + size)))
+
+    return Vector(x.dtype, size)(x, which), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
     """x * y + z with one rounding; x may be a number."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        x = args[0] if isinstance(sig.args[0], Vector) else splatted(b, args[0], LANES)
+        x = args[0] if isinstance(sig.args[0], Vector) else splatted(b, args[0], args[1].type.count)
         return called(b, "fma", x, args[1], args[2])
 
     return y(x, y, z), build
@@ -242,43 +279,50 @@ def total(typing: Any, x: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def rsqrt(typing: Any, x: Any) -> Any:
-    """1 / sqrt(x) for x > 0. In float32 with AVX-512 an estimate of 14 bits and one Newton step, which leave an
-    error of at most 2^-22; a division and a square root would take five times as long."""
+    """1 / sqrt(x) for x > 0. In float32 on x86 an estimate y and one step of its series in e = 1 - x y^2, to the first
+    power from 14 bits and to the second from 12, which leave an error of at most 2^-22; a division and a square root
+    would take five times as long."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
         x = args[0]
-        if not (HAS_AVX512 and sig.args[0].dtype == types.float32):
+        if not (HAS_AVX2 and sig.args[0].dtype == types.float32):
             return b.fdiv(constant(x.type, 1.0), called(b, "sqrt", x))
-        estimate = _by_16(b, "llvm.x86.avx512.rsqrt14.ps.512", x)
-        half = b.fmul(b.fmul(x, estimate), constant(x.type, -0.5))
-        return b.fmul(estimate, called(b, "fma", half, estimate, constant(x.type, 1.5)))
+        y = _estimated(b, "rsqrt", x)
+        if HAS_AVX512:
+            half = b.fmul(b.fmul(x, y), constant(x.type, -0.5))
+            return b.fmul(y, called(b, "fma", half, y, constant(x.type, 1.5)))
+        e = called(b, "fma", b.fneg(b.fmul(x, y)), y, constant(x.type, 1.0))
+        return called(b, "fma", b.fmul(y, e), called(b, "fma", e, constant(x.type, 0.375), constant(x.type, 0.5)), y)
 
     return x(x), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def reciprocal(typing: Any, x: Any) -> Any:
-    """1 / x, made like ``rsqrt``."""
+    """1 / x, made like ``rsqrt`` with e = 1 - x y."""
 
     def build(context: Any, b: Any, sig: Any, args: Any) -> Any:
         x = args[0]
-        if not (HAS_AVX512 and sig.args[0].dtype == types.float32):
+        if not (HAS_AVX2 and sig.args[0].dtype == types.float32):
             return b.fdiv(constant(x.type, 1.0), x)
-        estimate = _by_16(b, "llvm.x86.avx512.rcp14.ps.512", x)
-        return b.fmul(estimate, b.fsub(constant(x.type, 2.0), b.fmul(x, estimate)))
+        y = _estimated(b, "rcp", x)
+        if HAS_AVX512:
+            return b.fmul(y, b.fsub(constant(x.type, 2.0), b.fmul(x, y)))
+        e = called(b, "fma", b.fneg(x), y, constant(x.type, 1.0))
+        return called(b, "fma", y, called(b, "fma", e, e, e), y)
 
     return x(x), build
 
 
-def _by_16(b: Any, name: str, x: Any) -> Any:
-    """An AVX-512 instruction of 16 floats, on all the lanes of x."""
-    kind = ir.VectorType(ir.FloatType(), 16)
-    function = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind, kind, I16]), name)
-    parts = [
-        b.call(function, [shuffled(b, x, x, list(range(i, i + 16))), constant(kind, 0.0), ir.Constant(I16, -1)])
-        for i in range(0, x.type.count, 16)
-    ]
-    return joined(b, parts)
+def _estimated(b: Any, name: str, x: Any) -> Any:
+    """``rsqrt`` or ``rcp``, the CPU's own estimate of 14 bits (AVX-512) or 12 (AVX2), on all the lanes of x."""
+    width, full = (16, f"avx512.{name}14.ps.512") if HAS_AVX512 else (8, f"avx.{name}.ps.256")
+    kind = ir.VectorType(ir.FloatType(), width)
+    unmasked = [constant(kind, 0.0), ir.Constant(I16, -1)] if HAS_AVX512 else []
+    kinds = ir.FunctionType(kind, [kind, *(u.type for u in unmasked)])
+    function = cgutils.get_or_insert_function(b.module, kinds, f"llvm.x86.{full}")
+    parts = [shuffled(b, x, x, list(range(i, i + width))) for i in range(0, x.type.count, width)]
+    return joined(b, [b.call(function, [part, *unmasked]) for part in parts])
 
 
 def joined(b: Any, parts: list[Any]) -> Any:

@@ -17,8 +17,8 @@ from __future__ import annotations
 from typing import Any
 
 from .compiled import compiled
-from .shuffles import store_dots
-from .simd import LANES, at, fma, gate, larger, load, splat, store
+from .shuffles import DOTS, store_dots
+from .simd import LANES, TWO_SUMS, at, fma, gate, larger, load, splat, store
 
 
 @compiled
@@ -36,14 +36,15 @@ def forward(memory: Any, indices: Any, layer: Any, part: Any, x: int, y: int, pi
             if panel > 0:
                 even = load(memory, place)
             k = begin
-            while k + 1 < end:  # two sums, since one would wait for itself
+            while k + 1 < end and TWO_SUMS:
                 even = fma(at(memory, layer.w + k), load(memory, x + at(indices, layer.columns + k) * pitch), even)
                 odd = fma(
                     at(memory, layer.w + k + 1), load(memory, x + at(indices, layer.columns + k + 1) * pitch), odd
                 )
                 k += 2
-            if k < end:
+            while k < end:
                 even = fma(at(memory, layer.w + k), load(memory, x + at(indices, layer.columns + k) * pitch), even)
+                k = end if TWO_SUMS else k + 1  # of two sums at most one entry is left
             even = even + odd
             if relu and panel == layer.panels - 1:
                 even = larger(even, zero)
@@ -76,7 +77,7 @@ def gradient(memory: Any, indices: Any, layer: Any, part: Any, x: int, d: int, p
             place = d + (part.low + row) * pitch
             k = begin
             while k < end:
-                count = 16 if end - k > 8 else 8 if end - k > 4 else 4
+                count = DOTS if end - k > DOTS // 2 else 8 if end - k > 4 else 4
                 for lane in range(0, pitch, LANES):
                     _dots(memory, indices, layer, k, load(memory, place + lane), x + lane, pitch, count, lane > 0)
                 k += count
@@ -87,8 +88,8 @@ def gradient(memory: Any, indices: Any, layer: Any, part: Any, x: int, d: int, p
 @compiled
 def _dots(memory: Any, indices: Any, layer: Any, k: int, d: Any, x: int, pitch: int, count: int, add: bool) -> None:
     """Sums over many images of few entries share their last steps, so short rows take short sums."""
-    if count == 16:
-        store_dots(memory, layer.g + k, d, x, pitch, indices, layer.columns + k, 16, add)
+    if count == DOTS:
+        store_dots(memory, layer.g + k, d, x, pitch, indices, layer.columns + k, DOTS, add)
     elif count == 8:
         store_dots(memory, layer.g + k, d, x, pitch, indices, layer.columns + k, 8, add)
     else:

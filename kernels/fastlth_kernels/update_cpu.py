@@ -11,7 +11,7 @@ import math
 from typing import Any, NamedTuple
 
 from .compiled import compiled
-from .simd import LANES, fma, load, reciprocal, rsqrt, splat, store
+from .simd import HAS_AVX512, LANES, fma, load, load_like, quarter, reciprocal, rsqrt, splat_like, store, times
 
 SGD, ADAM, ADAMW = 0, 1, 2
 KINDS = {"sgd": SGD, "adam": ADAM, "adamw": ADAMW}
@@ -47,27 +47,41 @@ def rule_at(memory: Any, kind: int, nesterov: int, numbers: Any, lr: float, step
 @compiled
 def update64(memory: Any, w: int, m: int, v: int, g: Any, rule: Rule) -> None:
     """Update the 64 weights at ``w`` by the gradients ``g``; their moments lie at ``m`` and ``v`` (SGD has only m)."""
+    if HAS_AVX512:
+        _update(memory, w, m, v, g, rule)
+    else:  # 64 weights and all that is made of them would not fit into the registers
+        _update(memory, w, m, v, quarter(g, 0), rule)
+        _update(memory, w + 16, m + 16, v + 16, quarter(g, 1), rule)
+        _update(memory, w + 32, m + 32, v + 32, quarter(g, 2), rule)
+        _update(memory, w + 48, m + 48, v + 48, quarter(g, 3), rule)
+
+
+@compiled
+def _update(memory: Any, w: int, m: int, v: int, g: Any, rule: Rule) -> None:
+    """As many weights as ``g`` has lanes."""
     real = memory.dtype.type
-    weight = load(memory, w)
+    weight = load_like(memory, w, g)
     if rule.kind == ADAMW:
         weight = fma(-(rule.lr * rule.decay), weight, weight)
     elif rule.decay != 0:
         g = fma(rule.decay, weight, g)
     if rule.kind == SGD:
         if rule.momentum != 0:
-            momentum = fma(rule.momentum, load(memory, m), g)
+            momentum = fma(rule.momentum, load_like(memory, m, g), g)
             store(memory, m, momentum)
             g = fma(rule.momentum, momentum, g) if rule.nesterov else momentum
         store(memory, w, fma(-rule.lr, g, weight))
     else:
-        mean, square = load(memory, m), load(memory, v)
+        mean, square = load_like(memory, m, g), load_like(memory, v, g)
         mean = fma(real(1) - rule.beta1, g - mean, mean)
-        square = fma(rule.beta2, square, splat(real(1) - rule.beta2) * g * g)
+        square = fma(rule.beta2, square, times(real(1) - rule.beta2, g) * g)
         store(memory, m, mean)
         store(memory, v, square)
-        above_zero = square + splat(real(1e-30))  # 1 / sqrt(0) is infinite; the root of this is far below any eps
+        above_zero = square + splat_like(
+            real(1e-30), g
+        )  # 1 / sqrt(0) is infinite; the root of this is far below any eps
         root = above_zero * rsqrt(above_zero)
-        step = mean * reciprocal(fma(rule.c2, root, splat(rule.eps)))
+        step = mean * reciprocal(fma(rule.c2, root, splat_like(rule.eps, g)))
         store(memory, w, fma(-rule.lr1, step, weight))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fastlth_kernels import shuffles, simd
+from fastlth_kernels.shuffles import DOTS
 from fastlth_kernels.threads import FLUSH, flush_denormals
 from numba import njit
 
@@ -54,6 +55,27 @@ def test_words(dtype):
         np.testing.assert_allclose(got[i], want, rtol=close, atol=close, err_msg=str(i))
 
 
+@njit
+def pieces_on(memory):
+    """Four quarters of row 0, each with row 1's, to row 2: as many lanes as the quarter has."""
+    x = simd.load(memory, 0)
+    parts = (simd.quarter(x, 0), simd.quarter(x, 1), simd.quarter(x, 2), simd.quarter(x, 3))
+    for i, part in enumerate(parts):
+        q = 16 * i
+        other = simd.load_like(memory, 64 + q, part)
+        scaled = simd.times(simd.at(memory, 5), part) + simd.splat_like(simd.at(memory, 6), part)
+        simd.store(memory, 128 + q, simd.fma(simd.at(memory, 7), other, scaled))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_quarter_of_the_lanes(dtype):
+    x, y = np.random.default_rng(3).normal(size=(2, 64)).astype(dtype)
+    memory = aligned(np.concatenate([x, y, np.zeros(64)]), dtype)
+    pieces_on(memory)
+    np.testing.assert_allclose(memory[128:], x[7] * y + (x[5] * x + x[6]), rtol=1e-5, atol=1e-6)
+    assert (memory[:128] == np.concatenate([x, y])).all()
+
+
 def test_the_sum_of_the_lanes():
     memory = aligned(np.concatenate([np.arange(64), np.ones(64), np.ones(64 * 12)]), np.float64)
     words_on(memory, 0)
@@ -89,8 +111,8 @@ def test_functions(dtype, digits):
 @njit
 def dots(memory, indices, count, add):
     d = simd.load(memory, 0)
-    if count == 16:
-        shuffles.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 16, add)
+    if count == DOTS:
+        shuffles.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, DOTS, add)
     elif count == 8:
         shuffles.store_dots(memory, 64 + 3, d, 128, 64, indices, 2, 8, add)
     else:
@@ -98,7 +120,7 @@ def dots(memory, indices, count, add):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("count", sorted({4, 8, DOTS}))
 @pytest.mark.parametrize("add", [False, True])
 def test_dots(count, add, dtype):
     rng = np.random.default_rng(2)

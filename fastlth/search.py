@@ -25,6 +25,7 @@ from fastlth.copies import Arrays
 from fastlth.data.sources import Source, load_for
 from fastlth.errors import DivergedError
 from fastlth.masks import Masks
+from fastlth.models import drawn
 from fastlth.pruning import actions, layer_rates, prune
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.store.run import State
@@ -164,8 +165,8 @@ class _Found:
     def start(self) -> dict[str, Tensor]:
         """What the next round starts with: every parameter and buffer."""
         return actions.start(self._recipe.prune, copies.tensors(self.rewind), copies.tensors(self._pruned_at),
-                             self._zero_from,
-                             numbers=self._numbers, round=len(self.results), key=self._key)  # fmt: skip
+                             self._zero_from, numbers=self._numbers, round=len(self.results), key=self._key,
+                             draw=functools.partial(drawn, self._recipe))  # fmt: skip
 
     def early_bird(self, masks: Masks, start: Mapping[str, Tensor]) -> EarlyBird:
         """What watches the mask that the round is heading for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastlth import copies
 from fastlth.errors import RecipeError
 from fastlth.masks import Masks
-from fastlth.models import build, loaded, skeleton, state, weight_names
+from fastlth.models import build, drawn, loaded, skeleton, state, weight_names
 from fastlth.pruning import actions
 from fastlth.recipe import Recipe
 from fastlth.store import ticket as files
@@ -63,7 +64,8 @@ class LoadedTicket:
         fill, pruned_at = copies.tensors(self.file.fill), copies.tensors(self.file.pruned_at)
         numbers = {name: i for i, name in enumerate(weight_names(skeleton(self.recipe)))}
         return actions.start(self.recipe.prune, self.rewind(), pruned_at, fill, numbers=numbers, round=round,
-                             key=self.recipe.seeds.key("prune"))  # fmt: skip
+                             key=self.recipe.seeds.key("prune"),
+                             draw=functools.partial(drawn, self.recipe))  # fmt: skip
 
     def trained_mask(self, round: int) -> Masks:
         """The weights that a round trains: those of its mask, or all with mask-0 action original."""

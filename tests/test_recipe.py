@@ -338,7 +338,7 @@ WITHOUT = {
     "store.save_every", "store.theta0", "store.keep_weights",
 }  # fmt: skip
 # Other values of these do not go with BASE; tested by themselves.
-ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.actions", "prune.constant"} | {
+ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.actions", "prune.reinit", "prune.constant"} | {
     # of one's own nets and data alone
     "model.init",
     "model.content",
@@ -378,6 +378,8 @@ def test_the_digest_changes_with_options_of_criteria_and_actions():
                 recipe(**BOTH, prune__formulas="code").digest}) == 3  # fmt: skip
     assert len({constant.digest, recipe(prune__mask_1="signed_constant", prune__constant=0.1).digest,
                 recipe(prune__mask_1="signed_constant", prune__actions="code").digest}) == 3  # fmt: skip
+    drawn = {"prune__mask_1": "random_reinit", "prune__reinit": "draw"}
+    assert recipe(**drawn).digest != recipe(prune__mask_1="random_reinit").digest
 
 
 def test_no_two_changes_have_one_digest():

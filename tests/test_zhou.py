@@ -18,6 +18,7 @@ from fastlth.catalogue import SIGN_TESTS
 from fastlth.errors import RecipeError, Stopped
 from fastlth.experiments.retrain import retrain
 from fastlth.metrics import TIMING_FIELDS
+from fastlth.models import drawn
 from fastlth.pruning import CRITERIA, actions
 from fastlth.search import InRound, RoundFinished, find_tickets
 from fastlth.store.inspect import verify
@@ -44,6 +45,7 @@ SEARCHES = {
                   "prune__mask_1": "signed_reinit_rescaling"},
     "piled": {"prune__mask_1": "random_reinit_rescaling", "prune__actions": "code", "prune__mask_0": "freeze_init",
               "prune__rewind_to": 4},
+    "drawn": {"prune__mask_1": "signed_reinit", "prune__mask_0": "freeze_reinit", "prune__reinit": "draw"},
 }  # fmt: skip
 
 
@@ -231,7 +233,8 @@ def test_batch_norm_and_convolutions_lie_in_any_memory_format():
         numbers = {n: i for i, n in enumerate(masks)}
         start = actions.start(recipe.prune, {n: torch.from_numpy(a) for n, a in ticket.rewind.items()},
                               {n: torch.from_numpy(at) for n, at in ticket.pruned_at.items()}, {}, numbers=numbers,
-                              round=1, key=recipe.seeds.key("prune"))  # fmt: skip
+                              round=1, key=recipe.seeds.key("prune"),
+                              draw=functools.partial(drawn, recipe))  # fmt: skip
         assert all((arrays[f"model/{n}"][~m] == start[n].numpy()[~m]).all() for n, m in masks.items())
         starts.append(arrays)
     assert len(starts) == 2

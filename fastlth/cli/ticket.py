@@ -78,6 +78,7 @@ def _inspected(
         "mask_1": recipe.prune.mask_1,
         "mask_0": recipe.prune.mask_0,
         "actions": recipe.prune.actions,
+        "reinit": recipe.prune.reinit,
         "zeroed": [sum(int(((at > 0) & (at <= k)).sum()) for at in ticket.fill.values()) for k in rounds],
         "units": {"round": looked_at, "layers": [{"name": n, **unit_fields(u)} for n, u in found.items()]},
     }

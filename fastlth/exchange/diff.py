@@ -41,7 +41,7 @@ def _actions(ticket: Ticket) -> tuple[object, ...]:
     """What, beside theta_k and masks, the starts of a ticket's rounds are made from; ``fill`` by its names."""
     prune = ticket.recipe.prune
     key = None if prune.rewinds else ticket.recipe.seeds.key("prune")
-    return prune.mask_1, prune.mask_0, prune.actions, prune.constant, key, sorted(ticket.fill)
+    return prune.mask_1, prune.mask_0, prune.actions, prune.reinit, prune.constant, key, sorted(ticket.fill)
 
 
 def _layer(name: str, a: Ticket, b: Ticket, rounds: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fastlth.experiments.control import Control
 from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.masks import Masks
-from fastlth.models import build, draw, skeleton, state, weight_names, weight_stds
+from fastlth.models import build, drawn, skeleton, state, weight_names, weight_stds
 from fastlth.models.init import normal
 from fastlth.pruning import layer_rates
 from fastlth.recipe import PruneSection, Recipe, SeedsSection
@@ -78,7 +78,7 @@ class Workbench:
 
     def fresh(self, key: Key) -> dict[str, Tensor]:
         """A new draw from the initial distribution, biases and batch norm included."""
-        return state(draw(self.recipe, key))
+        return drawn(self.recipe, key)
 
     def noisy(self, values: Mapping[str, Tensor], sigma: float, key: Key) -> dict[str, Tensor]:
         """``values`` with Gaussian noise on every Linear and Conv weight, ``sigma`` times as wide as the distribution
@@ -138,4 +138,6 @@ def run_folder(path: Path) -> Path:
 
 def plain(prune: PruneSection) -> PruneSection:
     """``prune`` as controls have it: without mask actions and early bird."""
-    return dataclasses.replace(prune, mask_1="none", mask_0="mask", actions="paper", constant=None, early_bird=0.0)
+    return dataclasses.replace(
+        prune, mask_1="none", mask_0="mask", actions="paper", reinit="permute", constant=None, early_bird=0.0
+    )

@@ -75,6 +75,11 @@ def draw(recipe: Recipe, key: Key) -> nn.Module:
     return model
 
 
+def drawn(recipe: Recipe, key: Key) -> dict[str, Tensor]:
+    """The values of ``draw``, by the names of ``state``."""
+    return state(draw(recipe, key))
+
+
 def loaded(recipe: Recipe, values: Mapping[str, Tensor]) -> nn.Module:
     """The recipe's net on the CPU with these values, by the names of ``state``; all of them, and no others."""
     model = own.construct(recipe, (0, 0)) if recipe.model.own else skeleton(recipe).to_empty(device="cpu")

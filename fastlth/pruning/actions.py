@@ -9,6 +9,7 @@ docs/criteria.md is the table. Everything here runs on the CPU: the same bits on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from torch import Tensor
 from fastlth.masks import Masks, alive
 from fastlth.pruning import draws
 from fastlth.recipe import PruneSection
+
+Draw = Callable[[Key], Mapping[str, Tensor]]
+"""Key -> a net's values drawn from its initial distribution, by name, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,13 @@ class Layer:
     key: Key
     """of the stream ``prune``"""
     constant: float | None = None
+    fresh: Callable[[int], Tensor] | None = None
+    """the layer's values drawn afresh for a round; where not given, reinitialising permutes its own"""
 
 
 def _reinit(x: Layer) -> Tensor:
-    """The layer's own values in another order; anew in each round."""
-    return _permuted(x.initial, x, x.round, draws.MASK_1)
+    """The layer's own values in another order, or others from their distribution; anew in each round."""
+    return x.fresh(x.round) if x.fresh else _permuted(x.initial, x, x.round, draws.MASK_1)
 
 
 def _reshuffle(x: Layer) -> Tensor:
@@ -104,7 +110,7 @@ MASK_1: dict[str, Callable[[Layer], Tensor]] = {
 
 def _frozen_reinit(x: Layer) -> Tensor:
     """As random_reinit, but the same in all rounds: a frozen weight stays where it is."""
-    return _permuted(x.initial, x, 0, draws.FREEZE_REINIT)
+    return x.fresh(0) if x.fresh else _permuted(x.initial, x, 0, draws.FREEZE_REINIT)
 
 
 # Values for the pruned weights of a layer, from its mask-1 values; None: those themselves, and they are trained.
@@ -123,26 +129,34 @@ MASK_0: dict[str, Callable[[Layer], Tensor] | None] = {
 
 def start(
     prune: PruneSection, theta: Mapping[str, Tensor], pruned_at: Mapping[str, Tensor],
-    zero_from: Mapping[str, Tensor], *, numbers: Mapping[str, int], round: int, key: Key,
+    zero_from: Mapping[str, Tensor], *, numbers: Mapping[str, int], round: int, key: Key, draw: Draw,
 ) -> dict[str, Tensor]:  # fmt: skip
     """What round ``round`` starts with: every parameter and buffer, on the CPU, pruned weights at their fill.
 
     ``theta`` is theta_k; ``pruned_at`` (uint8 per prunable weight, on the CPU) the round that it was removed in, 0 if
     in none; ``zero_from`` the same as ``zeroed`` made it (empty unless the mask-0 action zeroes); ``numbers`` the place
     of each weight in the model, ``key`` that of the stream ``prune``. Round 0 trains the dense net from ``theta``.
+    ``draw`` is asked where ``prune.reinit`` is draw.
     """
     values = dict(theta)
     if round == 0:
         return values
+    whole = functools.cache(lambda k: draw(draws.net_key(k, key)))
+
+    def fresh(name: str, k: int) -> Tensor:
+        return whole(k)[name]
+
     masks = {k: alive(pruned_at, k) for k in range(1 if prune.actions == "code" else round, round + 1)}
     for name in pruned_at:
         layer = Layer(initial=theta[name], mask=masks[round][name], round=round, number=numbers[name], key=key,
-                      constant=prune.constant)  # fmt: skip
+                      constant=prune.constant,
+                      fresh=functools.partial(fresh, name) if prune.reinit == "draw" else None)  # fmt: skip
         value, fill = layer.initial, MASK_0[prune.mask_0]
         for k, mask in masks.items():
             value = MASK_1[prune.mask_1](dataclasses.replace(layer, initial=value, mask=mask[name], round=k))
         if fill is not None:
-            value = torch.where(layer.mask, value, fill(layer))
+            frozen = dataclasses.replace(layer, initial=value) if prune.actions == "code" else layer
+            value = torch.where(layer.mask, value, fill(frozen))
         if name in zero_from:
             at = zero_from[name]
             value = value.masked_fill((at > 0) & (at <= round), 0.0)

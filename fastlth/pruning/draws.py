@@ -7,7 +7,7 @@ from fastlth_kernels.philox import Key, philox
 from torch import Tensor
 
 # The last word of the counter keeps what is drawn for different ends apart; never renumber.
-TIES, MASK_1, FREEZE_REINIT, ZERO_RESHUFFLE = range(4)
+TIES, MASK_1, FREEZE_REINIT, ZERO_RESHUFFLE, REINIT = range(5)
 
 
 def keys(index: Tensor, tensor: Tensor, round: int, key: Key, purpose: int = TIES) -> Tensor:
@@ -18,6 +18,12 @@ def keys(index: Tensor, tensor: Tensor, round: int, key: Key, purpose: int = TIE
     w0, w1, _, _ = philox(index, tensor, torch.full_like(index, round), torch.full_like(index, purpose), key)
     drawn: Tensor = (w0 << 31) | (w1 >> 1)
     return drawn
+
+
+def net_key(round: int, key: Key) -> Key:
+    """The key with which a whole net's values are drawn afresh for a round."""
+    w0, w1, _, _ = philox(round, 0, 0, REINIT, key)
+    return w0, w1
 
 
 def permutation(index: Tensor, number: int, round: int, key: Key, purpose: int) -> Tensor:

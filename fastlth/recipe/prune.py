@@ -38,8 +38,10 @@ class PruneSection:
     mask_0: str = "mask"
     """what pruned weights are kept at (docs/criteria.md); mask: zero"""
     actions: str = "paper"
-    """paper: the mask-1 action acts on the rewind values; code: on what the round before started with, so that it piles
-    up over the rounds, as in Zhou et al.'s program"""
+    """paper: the mask-1 action acts on the rewind values, and pruned weights are frozen at these; code: as in Zhou et
+    al.'s program it acts on what the round before started with, and they are frozen at what it made of them"""
+    reinit: str = "permute"
+    """what the actions named reinit do: permute the layer's own values, or draw others from their distribution"""
     constant: float | None = None
     """size of the weights of the *_constant actions; standard deviation of the layer's rewind values if not given"""
     rewind_to: int = 0
@@ -66,6 +68,7 @@ class PruneSection:
         choice("prune.mask_1", self.mask_1, MASK_1)
         choice("prune.mask_0", self.mask_0, MASK_0)
         choice("prune.actions", self.actions, ("paper", "code"))
+        choice("prune.reinit", self.reinit, ("permute", "draw"))
         self._check_zhou()
         check("prune.rewind_to", self.rewind_to >= 0, "be at least 0", self.rewind_to)
         check("prune.early_bird", 0 <= self.early_bird < 1, "be in [0, 1), a share of the kept weights",
@@ -86,6 +89,9 @@ class PruneSection:
                if not both else "be 1 with formulas code, which compares rankings", self.alpha)  # fmt: skip
         check("prune.actions", self.actions == "paper" or self.mask_1 not in ("none", "mask_init"),
                f"be paper with mask_1 {self.mask_1}, which gives the same a second time", self.actions)  # fmt: skip
+        check("prune.reinit", self.reinit == "permute" or "reinit" in self.mask_1 + self.mask_0,
+               f"be permute with mask_1 {self.mask_1} and mask_0 {self.mask_0}; only the actions named reinit use it",
+               self.reinit)  # fmt: skip
         check("prune.constant", self.constant is None or 0 < self.constant < inf,
                "be greater than 0", self.constant)  # fmt: skip
         check("prune.constant", self.constant is None or "constant" in self.mask_1,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fastlth import catalogue
 from fastlth.errors import RecipeError
 from fastlth.pruning import actions
-from fastlth.pruning.draws import FREEZE_REINIT, MASK_1, TIES, ZERO_RESHUFFLE
+from fastlth.pruning.draws import FREEZE_REINIT, MASK_1, REINIT, TIES, ZERO_RESHUFFLE
 from fastlth.recipe import PruneSection, Recipe, TrainSection
 from fastlth.training.optim import MaskedOptimizer
 from tests.helpers import assert_same_bits, bits
@@ -116,6 +116,11 @@ def values(seed: int, nasty: bool = True) -> Array:
     return rng.choice(NASTY, (12, 10)) if nasty else rng.standard_normal((12, 10)).astype(np.float32)
 
 
+def drawn(key: tuple[int, int], shape: tuple[int, ...] = (12, 10)) -> dict[str, torch.Tensor]:
+    """A net's values from a key, as another distribution gives them."""
+    return {"w": torch.from_numpy(np.random.default_rng(key).standard_normal(shape).astype(np.float32))}
+
+
 def gone(mask: Array, round: int) -> dict[str, torch.Tensor]:
     """``pruned_at`` of weights that all went in one round."""
     return {"w": torch.from_numpy(np.where(mask, 0, round).astype(np.uint8))}
@@ -126,12 +131,13 @@ def start(wi: Array, wf: Array, before: Array, after: Array, mask_1: str, mask_0
     section = PruneSection(mask_1=mask_1, mask_0=mask_0, **settings)
     tensor = torch.from_numpy
     arguments: dict[str, Any] = {"numbers": {"w": NUMBER, "other": 0}, "round": ROUND, "key": KEY}
+    draw = functools.partial(drawn, shape=wi.shape)
     none_yet = {"w": torch.zeros(wi.shape, dtype=torch.uint8)} if section.zeroes else {}
     zero_from = actions.zeroed(section, none_yet, {"w": tensor(before)}, {"w": tensor(after)}, {"w": tensor(wi)},
                                {"w": tensor(wf)}, **arguments)  # fmt: skip
     theta = {"w": tensor(wi), "bias": torch.arange(3.0)}
     kept_theta = {n: t.clone() for n, t in theta.items()}
-    values = actions.start(section, theta, gone(after, ROUND), zero_from, **arguments)
+    values = actions.start(section, theta, gone(after, ROUND), zero_from, **arguments, draw=draw)
     assert_same_bits(theta, kept_theta)
     assert values.keys() == theta.keys() and torch.equal(values["bias"], theta["bias"])
     return values["w"].numpy()
@@ -174,7 +180,7 @@ def test_with_original_pruned_weights_are_trained_from_what_the_mask_1_action_gi
 
 def test_what_is_drawn_for_different_ends_has_numbers_that_never_change():
     """docs/ticket-format.md names them: a ticket's starts are made again from them."""
-    assert (TIES, MASK_1, FREEZE_REINIT, ZERO_RESHUFFLE) == (0, 1, 2, 3)
+    assert (TIES, MASK_1, FREEZE_REINIT, ZERO_RESHUFFLE, REINIT) == (0, 1, 2, 3, 4)
 
 
 def test_mask_init_with_frozen_weights_is_refused():
@@ -192,7 +198,7 @@ def test_round_0_trains_the_net_as_it_is(mask_1, mask_0):
         none_yet = {"w": torch.zeros(12, 10, dtype=torch.uint8)}
         section = PruneSection(mask_1=mask_1, mask_0=mask_0)
         zero_from = none_yet if section.zeroes else {}
-        got = actions.start(section, theta, none_yet, zero_from, numbers={"w": 0}, round=0, key=KEY)
+        got = actions.start(section, theta, none_yet, zero_from, numbers={"w": 0}, round=0, key=KEY, draw=drawn)
         assert_same_bits(got, theta)
 
 
@@ -203,7 +209,8 @@ def test_draws_depend_on_seed_round_and_tensor_and_signs_stay_where_they_should(
 
     def draw(number: int = 1, round: int = 1, key: tuple[int, int] = KEY) -> Array:
         section = PruneSection(mask_1=name)
-        return actions.start(section, theta, pruned_at, {}, numbers={"w": number}, round=round, key=key)["w"].numpy()
+        got = actions.start(section, theta, pruned_at, {}, numbers={"w": number}, round=round, key=key, draw=drawn)
+        return got["w"].numpy()
 
     one = draw()
     assert (one == draw()).all()
@@ -226,17 +233,52 @@ def test_as_the_program_does_actions_pile_up_over_rounds(mask_1, mask_0):
 
         def begin(round: int, section: PruneSection, wi: Array = wi, at: Array = at) -> Array:
             return actions.start(section, {"w": torch.from_numpy(wi)}, {"w": torch.from_numpy(at)}, {},
-                                 numbers={"w": NUMBER}, round=round, key=KEY)["w"].numpy()  # fmt: skip
+                                 numbers={"w": NUMBER}, round=round, key=KEY, draw=drawn)["w"].numpy()  # fmt: skip
 
-        assert (begin(1, section) == begin(1, PruneSection(mask_1=mask_1, mask_0=mask_0))).all()
+        paper = PruneSection(mask_1=mask_1, mask_0=mask_0)
+        assert (begin(1, section)[first] == begin(1, paper)[first]).all()
         got, wanted = begin(2, section), PILED[mask_1](wi, first, second)
         np.testing.assert_allclose(got[second], wanted[second], rtol=3e-7)
         if mask_0 != "original":
-            assert (got[~second] == (wi[~second] if mask_0 == "freeze_init" else 0)).all()
-        else:
+            assert mask_0 == "freeze_init" or (got[~second] == 0).all()
+        if mask_0 != "mask":  # frozen, too, at what the action made of them
             np.testing.assert_allclose(got, wanted, rtol=3e-7)
-        differs = (got[second] != begin(2, PruneSection(mask_1=mask_1, mask_0=mask_0))[second]).mean()
+        differs = (got[second] != begin(2, paper)[second]).mean()
         assert differs > 0.5 or mask_1 == "rand_signed_constant"
+
+
+@pytest.mark.parametrize("actions_of", ["paper", "code"])
+@pytest.mark.parametrize("mask_1", [n for n in KEPT if "reinit" in n])
+def test_reinitialised_from_the_distribution(mask_1, actions_of):
+    """Every round's values are another draw; frozen ones keep that of round 0."""
+    wi, _, first, second = history(2, False)
+    at = np.where(first, np.where(second, 0, 2), 1).astype(np.uint8)
+    section = PruneSection(mask_1=mask_1, mask_0="freeze_reinit", reinit="draw", actions=actions_of)
+    asked: list[tuple[int, int]] = []
+
+    def draw(key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        asked.append(key)
+        return drawn(key)
+
+    def key_of(round: int) -> tuple[int, int]:
+        w0, w1, _, _ = philox(round, 0, 0, 4, KEY)
+        return int(w0), int(w1)
+
+    got = actions.start(section, {"w": torch.from_numpy(wi)}, {"w": torch.from_numpy(at)}, {}, numbers={"w": NUMBER},
+                        round=2, key=KEY, draw=draw)["w"].numpy()  # fmt: skip
+    fresh = drawn(key_of(2))["w"].numpy()
+    kept = np.abs(fresh) * np.sign(wi) if mask_1.startswith("signed") else fresh
+    kept = kept * factor(second) if mask_1.endswith("rescaling") else kept
+    np.testing.assert_allclose(got[second], kept[second], rtol=3e-7)
+    assert (got[~second] == drawn(key_of(0))["w"].numpy()[~second]).all()
+    assert set(asked) == {key_of(k) for k in ((0, 1, 2) if actions_of == "code" else (0, 2))}
+
+
+@pytest.mark.parametrize("mask_1", ["none", "signed_constant", "random_reshuffle"])
+def test_a_draw_that_no_action_asks_for_is_refused(mask_1):
+    with pytest.raises(RecipeError, match=rf"prune\.reinit must be permute with mask_1 {mask_1} and mask_0 mask; only"):
+        PruneSection(mask_1=mask_1, reinit="draw")
+    PruneSection(mask_1=mask_1, mask_0="freeze_reinit", reinit="draw")
 
 
 @pytest.mark.parametrize("mask_1", ["none", "mask_init"])
@@ -291,7 +333,7 @@ def test_a_decision_about_a_pruned_weight_is_for_ever():
             if mask_0 != "freeze_init_zero_all":
                 assert (now[now > 0] == pruned_at[now > 0]).all()
             values = actions.start(section, {"w": torch.from_numpy(theta)}, gone(after, round), new,
-                                   round=round, **arguments)  # fmt: skip
+                                   round=round, draw=drawn, **arguments)  # fmt: skip
             assert (values["w"].numpy() == np.where(now > 0, 0, theta)).all()
             frozen = ~mask
             assert (values["w"].numpy()[frozen] == initial["w"].numpy()[frozen]).all()

@@ -35,6 +35,7 @@ def supermask(
     criterion: Annotated[str, Opt(help="one-shot: how weights are ranked.")] = "large_final_same_sign",
     powers: Annotated[int, Opt(help="one-shot: prune 0 to this many times at once.")] = 24,
     signed_constant: Annotated[bool, Opt("--signed-constant", help="Weights become sign(w) * std(layer).")] = False,
+    signed_constant_multiplier: Annotated[float, Opt(help="Signed constants are this many times as large.")] = 1.0,
     rescale: Annotated[bool, Opt("--rescale", help="Make up for the weights that are masked.")] = False,
     sigmoid_bias: Annotated[float, Opt(help="learned: first scores; 0 keeps half of the weights.")] = 0.0,
     rounded: Annotated[bool, Opt("--rounded", help="learned: round probabilities instead of drawing.")] = False,
@@ -58,12 +59,15 @@ def supermask(
     """
     from fastlth.experiments.supermasks.plan import Plan, settings
 
-    plan = Plan(method=method, criterion=criterion, powers=powers, signed_constant=signed_constant, rescale=rescale,
-                sigmoid_bias=sigmoid_bias, rounded=rounded, samples=samples, keep=keep)  # fmt: skip
+    plan = Plan(method=method, criterion=criterion, powers=powers, signed_constant=signed_constant,
+                signed_constant_multiplier=signed_constant_multiplier, rescale=rescale, sigmoid_bias=sigmoid_bias,
+                rounded=rounded, samples=samples, keep=keep)  # fmt: skip
     asked = {**settings(method, model), **dict(parse_setting(text) for text in set_ or [])} | given({
         "train.iterations": length(iterations, epochs), "train.batch_size": batch_size, "train.lr": lr,
         "seeds.base": seed, "compute.device": device,
     })  # fmt: skip
+    if asked.keys() & {"prune.alpha", "prune.formulas"}:  # options of a criterion: of this one
+        asked.setdefault("prune.criterion", plan.criterion)
     recipe = compose(model, dataset, preset=preset, settings=asked).recipe
 
     from fastlth.cli.show import console, json_document, teller

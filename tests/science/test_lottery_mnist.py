@@ -62,7 +62,7 @@ def test_short_lottery_of_more_seeds(tmp_path):
 
 @pytest.mark.science
 def test_the_dense_net_of_the_paper(tmp_path):
-    (dense,) = search(tmp_path, "paper", 0, [0])[0].rounds
+    (dense,) = search(tmp_path, "paper", 0, [0], **SAME_BITS)[0].rounds
     print({k: dense[k] for k in ("test_accuracy", EARLY, "early_stop_iteration", "train_accuracy", "seconds")})
     assert 0.976 <= dense["test_accuracy"] <= 0.985
     assert 0.972 <= dense[EARLY] <= 0.983
@@ -73,7 +73,7 @@ def test_the_dense_net_of_the_paper(tmp_path):
 @pytest.fixture(scope="module")
 def paper(tmp_path_factory):
     started = time.monotonic()
-    found = search(tmp_path_factory.mktemp("paper"), "paper", 20, [0, 1, 2, 3, 4])
+    found = search(tmp_path_factory.mktemp("paper"), "paper", 20, [0, 1, 2, 3, 4], **SAME_BITS)
     print(f"{len(found)} searches of 21 trainings: {time.monotonic() - started:.0f} s")
     return found
 

@@ -76,10 +76,10 @@ class SupermaskNet(nn.Module):
         return mask * (mask.numel() / mask.sum().clamp(min=1.0))
 
 
-def signed_constant(weight: Tensor) -> Tensor:
-    """sign(w) * std(layer), as the mask-1 action of that name."""
+def signed_constant(weight: Tensor, multiplier: float) -> Tensor:
+    """sign(w) * multiplier * std(layer), as the mask-1 action of that name."""
     every = torch.ones_like(weight, dtype=torch.bool)
-    return MASK_1["signed_constant"](Layer(initial=weight, mask=every, round=0, number=0, key=(0, 0)))
+    return multiplier * MASK_1["signed_constant"](Layer(initial=weight, mask=every, round=0, number=0, key=(0, 0)))
 
 
 def supermask_net(recipe: Recipe, plan: Plan) -> SupermaskNet:
@@ -87,7 +87,7 @@ def supermask_net(recipe: Recipe, plan: Plan) -> SupermaskNet:
     made = build(recipe)
     values, weights = state(made), weight_names(made)
     if plan.signed_constant:
-        values |= {n: signed_constant(values[n]) for n in weights}
+        values |= {n: signed_constant(values[n], plan.signed_constant_multiplier) for n in weights}
     return SupermaskNet(made, values, weights, plan, recipe.seeds.key("prune"))
 
 

@@ -64,14 +64,16 @@ def removed(size: int, rate: Fraction, power: int) -> int:
     return int((1 - (1 - rate) ** power) * size)
 
 
-def evaluated(engine: Engine, theta: Mapping[str, Tensor], power: int, masks: Masks) -> dict[str, Any]:
-    """Accuracies of the untrained net under ``masks``: a row of the document."""
+def evaluated(
+    engine: Engine, theta: Mapping[str, Tensor], multiplier: float, power: int, masks: Masks
+) -> dict[str, Any]:
+    """Accuracies of the untrained net under ``masks``, and with signed constants: a row of the document."""
     kept = mask_tools.kept(masks)
     whole = sum(theta[n].numel() for n in engine.weight_names)
     unpruned = whole - sum(m.numel() for m in masks.values())
     row: dict[str, Any] = {"power": power, "kept": kept, "density": (kept + unpruned) / whole}
     engine.set_masks(masks)
-    constants = {n: signed_constant(theta[n]) for n in engine.weight_names}
+    constants = {n: signed_constant(theta[n], multiplier) for n in engine.weight_names}
     for which, values in (("init", theta), ("signed_constant", {**theta, **constants})):
         engine.rewind(values)
         row[which] = {f"{split}_accuracy": engine.evaluate(split).accuracy for split in ("validation", "test")}

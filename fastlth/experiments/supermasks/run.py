@@ -38,7 +38,7 @@ def supermask(
 
     The same call goes on where it stopped. Raises RecipeError, Stopped, DivergedError, RunLockedError.
     """
-    check(recipe)
+    check(recipe, plan)
     source = load_for(recipe.data, data_dir)
     folder = place(out, recipe)
 
@@ -77,7 +77,7 @@ def _one_shot(
     rows = []
     for power, masks in one_shot.one_shot_masks(recipe.prune, plan, theta, final, numbers, recipe.seeds.key("prune"),
                                                 lambda: gradients(recipe, images, theta)):  # fmt: skip
-        rows.append(one_shot.evaluated(engine, theta, power, masks))
+        rows.append(one_shot.evaluated(engine, theta, plan.signed_constant_multiplier, power, masks))
     return {
         "seconds": result["seconds"], "trained_test_accuracy": result["test_accuracy"],
         "best": {which: one_shot.best(rows, which) for which in ("init", "signed_constant")}, "rows": rows,

@@ -1,4 +1,5 @@
-"""A dense layer in register tiles: 6 rows of the result times 64 columns, 24 AVX-512 registers of sums.
+"""A dense layer in register tiles: 6 rows of the result times 64 columns, 24 AVX-512 registers of sums, or times 16,
+12 registers of AVX2.
 
     y[r, :] = start[r] + sum_k w[r, k] x[k, :]              columns are images
     below[i, :] = sum_r w[r, i] d[r, :]                     columns are images

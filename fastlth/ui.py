@@ -218,6 +218,8 @@ class TrialLines:
         match event:
             case TrialStarted():
                 self._print(f"{event.trial.folder}: density {event.density:.2%}, from iteration {event.iteration:,}")
+                for layer, what in event.collapsed.items():
+                    self._print(f"warning: {layer} {what}")
             case TrialFinished():
                 self._print(_sentence(event.result))
             case InRound(event=Evaluated() as inner) if time.monotonic() - self._line_at > PLAIN_EVERY:

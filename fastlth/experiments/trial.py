@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastlth import copies
 from fastlth import masks as mask_tools
+from fastlth.analysis import collapses, layer_records, net_units
 from fastlth.errors import DivergedError, Stopped, TicketError
 from fastlth.masks import Masks
 from fastlth.metrics import record
@@ -49,6 +50,8 @@ class TrialStarted:
     density: float
     iteration: int
     """where it begins or goes on"""
+    collapsed: Mapping[str, str]
+    """layers that let nothing through, and what is to be said of them"""
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,13 @@ class Trial:
             if state is not None:
                 engine.load_state(copies.tensors(state.arrays))
                 progress = Progress.from_json(state.info["progress"])
-            return self._train(recipe, engine, begin.masks, progress, state, keep, show, stopped)
+            return self._train(recipe, engine, begin, progress, state, keep, show, stopped)
 
     def _train(
-        self, recipe: Recipe, engine: Engine, masks: Masks, progress: Progress, state: State | None,
+        self, recipe: Recipe, engine: Engine, begin: Start, progress: Progress, state: State | None,
         keep: bool, show: Show, stopped: Stop,
     ) -> dict[str, Any]:  # fmt: skip
+        masks = begin.masks
         kept = mask_tools.kept(masks)
         live = engine.weights()
         everything = sum(live[n].numel() for n in engine.weight_names)
@@ -160,7 +164,8 @@ class Trial:
         density = (kept + unpruned) / everything
         with MetricsFile(self.folder / "metrics.jsonl") as metrics:
             metrics.cut(int(state.info["metrics_bytes"]) if state else 0)
-            show(TrialStarted(self, density, progress.iteration))
+            collapsed = collapses(net_units(recipe, copies.arrays(masks))) if masks else {}
+            show(TrialStarted(self, density, progress.iteration, collapsed))
             show(RoundStarted(self.round, kept, everything - unpruned, density, progress.iteration))
             saved, cost = time.monotonic(), 0.0
             try:
@@ -183,10 +188,18 @@ class Trial:
                 raise DivergedError(f"{self.folder}: {error}") from None
             result = {**round_result(engine, recipe, progress, self.round, density, kept), "trial": self.number}
             metrics.write({"event": "round", **result})
+            for line in self._of_layers(recipe, begin, engine):
+                metrics.write(line)
             metrics.sync()
         self._finish(result, masks, engine if keep else None)
         show(TrialFinished(self, result))
         return result
+
+    def _of_layers(self, recipe: Recipe, begin: Start, engine: Engine) -> Iterator[dict[str, Any]]:
+        """What masks look like; of a net whose scores are trained nothing."""
+        if begin.masks:
+            yield from layer_records(recipe, self.round, copies.arrays(begin.masks), None, copies.arrays(begin.values),
+                                     copies.arrays(engine.weights()))  # fmt: skip
 
     def _finish(self, result: Mapping[str, Any], masks: Masks, engine: Engine | None) -> None:
         """The result comes last: where it is, everything is."""

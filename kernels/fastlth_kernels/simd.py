@@ -26,8 +26,8 @@ LANES = 64
 HAS_AVX512, HAS_AVX2 = (bool(llvm.get_host_cpu_features().get(name, False)) for name in ("avx512f", "avx2"))
 
 TWO_SUMS = HAS_AVX512
-"""Whether a long sum of `Lanes` is made as two: one in AVX-512's four registers would wait for itself; in AVX2's eight it
-does not, and two would leave no register for anything else."""
+"""Whether a long sum of `Lanes` is made as two: one in AVX-512's four registers would wait for itself; in AVX2's eight
+it does not, and two would leave no register for anything else."""
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FAST = ("contract", "reassoc", "nsz", "arcp")  # NaN and infinity keep their meaning

@@ -18,7 +18,8 @@ from fastlth.data.sources import data_root, load
 from fastlth.errors import RecipeError, RunLockedError, Stopped, TicketError
 from fastlth.experiments.branch import branch
 from fastlth.experiments.control import KINDS, METHODS, Control
-from fastlth.experiments.trial import Trial
+from fastlth.experiments.trial import Trial, TrialStarted
+from fastlth.experiments.workbench import Workbench
 from fastlth.metrics import TIMING_FIELDS
 from fastlth.models import build
 from fastlth.store.lock import Lock
@@ -547,3 +548,21 @@ def test_the_page_names_every_kind_method_and_strategy(command):
     assert all(f"`{name}`" in page for name in ("layer", "global", "even", "erk"))
     words = " ".join(re.sub(r"[^\w-]", " ", command("branch", "--help")[1]).split())
     assert all(name in words for name in (*KINDS, *METHODS))
+
+
+def test_masks_of_controls_are_analysed_and_a_collapse_is_said(run):
+    """As in a search: a line per layer with counts and signs, a warning for a layer without weights."""
+    seen = []
+    control = Control(kind="prune-at-init", method="magnitude", density=0.0005)
+    found = branch(run, control, show=seen.append)
+    trial = found.folder / "round-1" / "trial-0"
+    [started] = [e for e in seen if isinstance(e, TrialStarted)]
+    masks = Trial(found.folder, "", 1).masks(Workbench(run, None, seen.append, lambda: None).prunable)
+    empty = {n for n, m in masks.items() if not m.any()}
+    assert empty and {n for n, what in started.collapsed.items() if what == "keeps no weight"} == empty
+    told = [json.loads(x) for x in (trial / "metrics.jsonl").read_text().splitlines()]
+    layers = {x["layer"]: x for x in told if x["event"] == "layer"}
+    assert {n: x["kept"] for n, x in layers.items()} == {n: int(m.sum()) for n, m in masks.items()}
+    assert all(x["jaccard_with_previous"] is None for x in layers.values())
+    assert {x["layer"] for x in told if x["event"] == "warning"} == set(started.collapsed)
+    assert [x["event"] for x in told if x["event"] not in ("evaluation", "layer", "warning")] == ["round", "work"]

@@ -11,7 +11,7 @@ stable below 2 % (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastlth import models
 from fastlth.data.normalise import normalise, table
-from fastlth.errors import RecipeError, TicketError
+from fastlth.errors import RecipeError, Stopped, TicketError
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
@@ -119,9 +119,12 @@ def line(first: State, second: State, points: int) -> Iterator[tuple[float, dict
 
 
 @torch.no_grad()
-def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
+def recomputed(
+    recipe: Recipe, state: State, pixels: NDArray[np.uint8], ask: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
     """``state`` with every batch norm's running statistics set to their plain mean over batches of ``pixels``
-    uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32."""
+    uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32. ``ask`` is
+    called before every batch."""
     if not any(name.endswith("running_mean") for name in state):
         return dict(state)
     model = loaded(recipe, state)
@@ -134,6 +137,7 @@ def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[
             module.momentum = None  # torch's way to say: a plain mean
     values = table(recipe.data.facts, recipe.data.normalise).to(device)
     for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
+        ask()
         model(normalise(images.to(device).permute(0, 3, 1, 2), values))
     return models.state(model)
 
@@ -224,13 +228,18 @@ class _Copies:
         if plan.batch_norm == "recompute":
             pixels = np.asarray(make_splits(recipe, self._bench.source)["train"].pixels)
         for alpha, state in line(first, second, plan.points):
+            self._ask()
             if pixels is not None and 0 < alpha < 1:
-                state = recomputed(recipe, state, pixels)
+                state = recomputed(recipe, state, pixels, self._ask)
             engine.rewind(state)
             alphas.append(alpha)
             errors["train"].append(1 - engine.evaluate("train", plan.train_images).accuracy)
             errors["test"].append(1 - engine.evaluate("test").accuracy)
         return alphas, errors
+
+    def _ask(self) -> None:
+        if number := self._bench.stopped():
+            raise Stopped("stopped; the trained copies are kept, and the same command goes on", number)
 
 
 def _with_seeds(recipe: Recipe, **seeds: int) -> Recipe:

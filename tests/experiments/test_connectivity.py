@@ -189,6 +189,34 @@ def test_a_second_call_trains_nothing_and_a_stopped_one_goes_on(run, found, tmp_
     assert _without_seconds(connectivity(run, plan)) == {**_without_seconds(whole), "run": str(run)}
 
 
+def test_a_stop_on_the_line_is_heard_at_every_point_and_keeps_the_copies(run, monkeypatch):
+    plan = Plan(rounds=(1,), points=5)
+    connectivity(run, Plan(rounds=(1,), points=3))  # the copies are trained: nothing else asks from here on
+    monkeypatch.setattr(Trial, "_train", lambda *_: pytest.fail("trained again"))
+    asked = []
+    whole = connectivity(run, plan, stopped=lambda: asked.append(1))
+    assert len(asked) == 5
+    for at in (1, 3, 5):
+        left = [at]
+
+        def stopped(left=left):
+            left[0] -= 1
+            return 15 if left[0] == 0 else None
+
+        with pytest.raises(Stopped, match="the same command goes on") as caught:
+            connectivity(run, plan, stopped=stopped)
+        assert caught.value.exit_code == 143
+    assert connectivity(run, plan) == whole
+
+
+def test_a_stop_is_heard_between_the_batches_of_a_recomputation():
+    recipe = small_recipe("conv-2", "digits", model__batch_norm=True, train__batch_size=100)
+    pixels = make_splits(recipe, load("digits", data_root()))["train"].pixels[:250]
+    asked = []
+    recomputed(recipe, dict(build(recipe).state_dict()), pixels, lambda: asked.append(1))
+    assert len(asked) == 3
+
+
 def test_recomputed_statistics_against_their_definition():
     """With momentum None, torch's running mean is the plain mean of the batches' means."""
     recipe = small_recipe("conv-2", "digits", model__batch_norm=True, train__batch_size=100)

@@ -66,6 +66,9 @@ class Plan:
             raise RecipeError(f"--batch-norm must be interpolate or recompute, got '{self.batch_norm}'")
         if self.train_images is not None and self.train_images < 1:
             raise RecipeError(f"--train-images must be at least 1, got {self.train_images}")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise RecipeError(f"--seeds must be in 0 to 2**32 - 1, got {seed}")
         if self.seeds[0] == self.seeds[1] and not self.different_init:
             raise RecipeError(f"--seeds {self.seeds[0]},{self.seeds[1]} makes two equal copies; give two that differ")
         if self.different_init and self.at_iteration:

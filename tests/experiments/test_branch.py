@@ -328,11 +328,24 @@ def test_criteria_that_look_at_initial_values_and_gradients(tmp_path, starts, cr
 def test_what_cannot_be_cut_or_made_again_is_refused(tmp_path):
     by_sign = recipe_of(prune__criterion="large_final_same_sign_single", prune__rounds=1)
     found = running.run(by_sign, out=tmp_path).replicates[0].path
-    with pytest.raises(RecipeError, match="decides itself"):
-        branch(found, Control(kind="one-shot", density=0.3))
+    for options in ({"kind": "one-shot", "density": 0.3}, {"kind": "one-shot"}, {"kind": "finetune", "density": 0.3}):
+        with pytest.raises(RecipeError, match="decides itself"):
+            branch(found, Control(**options))
+    assert not (found / "branches").exists()
     bird = running.run(recipe_of(prune__early_bird=0.1, prune__rounds=1), out=tmp_path).replicates[0].path
     with pytest.raises(RecipeError, match="early bird"):
         branch(bird, Control(kind="one-shot", density=0.3))
+
+
+@pytest.mark.parametrize("options", [
+    {"kind": "one-shot"}, {"kind": "finetune"}, {"kind": "lr-rewind"}, {"kind": "random-prune"},
+    {"kind": "prune-at-init", "method": "magnitude", "scope": "layer"},
+])  # fmt: skip
+def test_a_density_out_of_reach_is_refused_before_anything_is_trained_or_written(found, monkeypatch, options):
+    monkeypatch.setattr(Trial, "run", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(RecipeError, match="cannot be reached in one step"):
+        branch(found, Control(**options, density=0.0001))
+    assert not (found / "branches").exists()
 
 
 def test_controls_of_a_search_with_mask_actions_are_plain(tmp_path, starts):

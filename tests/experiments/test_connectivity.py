@@ -251,6 +251,8 @@ BAD = {
     "equal copies": (dict(seeds=(3, 3)), "two that differ"),
     "too few points": (dict(points=2), "at least 3, so that one lies between the ends, got 2"),
     "unknown batch norm": (dict(batch_norm="reset"), "interpolate or recompute, got 'reset'"),
+    "a seed that is none": (dict(seeds=(1, -5)), r"--seeds must be in 0 to 2\*\*32 - 1, got -5"),
+    "too large a seed": (dict(seeds=(99999999999, 11)), r"--seeds must be in 0 to 2\*\*32 - 1, got 99999999999"),
     "no images": (dict(train_images=0), "at least 1, got 0"),
     "a late start of two initialisations": (dict(at_iteration=5, different_init=True), "no common theta_k"),
     "past the end": (dict(at_iteration=40), "in 0 to 39"),

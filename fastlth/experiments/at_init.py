@@ -28,7 +28,7 @@ def masks_at_init(
 ) -> Masks:
     """The masks of ``control.method`` at a density, or with as many weights as ``target``'s masks keep."""
     method = control.method
-    shares = _budget(bench, control, recipe, target)
+    shares = shares_at_init(bench, control, recipe, target)
     if method in ("random", "even", "erk"):
         return budget.random_masks(bench.prunable, shares, numbers=bench.numbers, round=0, key=key)
     model = loaded(bench.recipe, theta0)
@@ -43,7 +43,8 @@ def masks_at_init(
     return budget.keep_highest(scores, shares, numbers=bench.numbers, round=0, key=key)
 
 
-def _budget(bench: Workbench, control: Control, recipe: Recipe, target: float | Masks) -> budget.Budget:
+def shares_at_init(bench: Workbench, control: Control, recipe: Recipe, target: float | Masks) -> budget.Budget:
+    """How many weights ``control.method`` keeps where. Raises RecipeError for a density that no pruning leaves."""
     strategy = {"random": "global", "even": "even", "erk": "erk"}.get(str(control.method), control.scope or "global")
     if isinstance(target, float):
         return budget.of_density(strategy, bench.shapes, recipe.prune, target)

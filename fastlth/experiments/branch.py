@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlth import toml
 from fastlth.composition import adjust
 from fastlth.errors import RecipeError, TicketError
-from fastlth.experiments.at_init import masks_at_init
+from fastlth.experiments.at_init import masks_at_init, shares_at_init
 from fastlth.experiments.control import Control
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import MASKS, NOISE, VALUES, Workbench, branch_name, draw_key, plain
@@ -88,6 +88,7 @@ def branch(
     which = _rounds(bench, control, rounds)
     folder, digest = bench.folder(control, recipe)
     work = _Work(bench, control, recipe, first, folder, digest)
+    work.check(which)
     results = [work.train(k, t) for k in which for t in range(count)]
     return Branch(bench.path, folder, control, recipe, tuple(results))
 
@@ -109,6 +110,17 @@ class _Work:
         self._folder, self._digest = folder, digest
         self._ready: tuple[Recipe, Engine] | None = None
         """the recipe without ``auto``, and its engine"""
+
+    def check(self, rounds: Iterable[int]) -> None:
+        """Raise RecipeError, before anything is trained or written, where no pruning leaves what is asked for."""
+        kind, density = self._control.kind, self._control.density
+        for round in rounds:
+            if kind == "one-shot" or (kind in ("finetune", "lr-rewind") and density is not None):
+                self._one_shot_rate(round)
+            elif kind == "random-prune":
+                self._random_shares(round)
+            elif kind == "prune-at-init":
+                shares_at_init(self._bench, self._control, self._recipe, self._target(round))
 
     def train(self, round: int, trial: int = 0) -> dict[str, Any]:
         """The result of one training, made only where it is not there yet."""
@@ -165,16 +177,18 @@ class _Work:
         return Start(masks, ticket.rewind(), ticket.file.rewind_iteration)
 
     def _random(self, round: int, trial: int) -> Masks:
+        bench, shares = self._bench, self._random_shares(round)
+        return budget.random_masks(bench.prunable, shares, numbers=bench.numbers, round=round,
+                                   key=draw_key(self._recipe.seeds, MASKS, round, trial))  # fmt: skip
+
+    def _random_shares(self, round: int) -> budget.Budget:
         bench, strategy = self._bench, self._control.strategy or "layer"
         kept = self._target(round)
         if isinstance(kept, float):
-            shares = budget.of_density(strategy, bench.shapes, self._recipe.prune, kept)
-        elif strategy == "layer":
-            shares = budget.of_masks(kept)
-        else:
-            shares = budget.of_total(strategy, bench.prunable, sum(int(m.sum()) for m in kept.values()))
-        return budget.random_masks(bench.prunable, shares, numbers=bench.numbers, round=round,
-                                   key=draw_key(self._recipe.seeds, MASKS, round, trial))  # fmt: skip
+            return budget.of_density(strategy, bench.shapes, self._recipe.prune, kept)
+        if strategy == "layer":
+            return budget.of_masks(kept)
+        return budget.of_total(strategy, bench.prunable, sum(int(m.sum()) for m in kept.values()))
 
     def _target(self, round: int) -> float | Masks:
         """A density, or the masks whose counts are wanted."""
@@ -184,6 +198,10 @@ class _Work:
 
     def _cut(self, round: int, trained: Mapping[str, Tensor]) -> Masks:
         """The dense trained net pruned in one step, to the density asked for or to the round's."""
+        section = dataclasses.replace(self._recipe.prune, rate=self._one_shot_rate(round))
+        return self._prune(section, self._bench.full_masks(), trained, 1)
+
+    def _one_shot_rate(self, round: int) -> float:
         section = self._recipe.prune
         if section.criterion in SIGN_TESTS:
             raise RecipeError(f"criterion {section.criterion} decides itself how many weights go and cannot prune to "
@@ -191,8 +209,7 @@ class _Work:
         density = self._control.density
         if density is None:
             density = self._bench.finished().file.density(round)
-        rate = budget.one_shot_rate(self._bench.shapes, section, density)
-        return self._prune(dataclasses.replace(section, rate=rate), self._bench.full_masks(), trained, 1)
+        return budget.one_shot_rate(self._bench.shapes, section, density)
 
     def _pruned(self, round: int, trained: Mapping[str, Tensor]) -> Masks:
         """Round ``round`` of a chain: its masks so far, pruned by the weights that training left."""

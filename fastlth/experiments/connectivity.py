@@ -11,7 +11,7 @@ stable below 2 % (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from fastlth import models
 from fastlth.data.normalise import normalise, table
-from fastlth.errors import RecipeError, TicketError
+from fastlth.errors import RecipeError, Stopped, TicketError
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
-from fastlth.models import build, loaded
+from fastlth.models import build, loaded, skeleton
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, strict_json
 from fastlth.tickets import LoadedTicket
+from fastlth.training import host
 from fastlth.training.engines.make import make_engine, make_splits
 
 STABLE = 0.02
@@ -66,6 +67,9 @@ class Plan:
             raise RecipeError(f"--batch-norm must be interpolate or recompute, got '{self.batch_norm}'")
         if self.train_images is not None and self.train_images < 1:
             raise RecipeError(f"--train-images must be at least 1, got {self.train_images}")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise RecipeError(f"--seeds must be in 0 to 2**32 - 1, got {seed}")
         if self.seeds[0] == self.seeds[1] and not self.different_init:
             raise RecipeError(f"--seeds {self.seeds[0]},{self.seeds[1]} makes two equal copies; give two that differ")
         if self.different_init and self.at_iteration:
@@ -119,23 +123,34 @@ def line(first: State, second: State, points: int) -> Iterator[tuple[float, dict
 
 
 @torch.no_grad()
-def recomputed(recipe: Recipe, state: State, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
+def recomputed(
+    recipe: Recipe, state: State, pixels: NDArray[np.uint8], ask: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
     """``state`` with every batch norm's running statistics set to their plain mean over batches of ``pixels``
-    uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32."""
-    if not any(name.endswith("running_mean") for name in state):
-        return dict(state)
+    uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32. ``ask`` is
+    called before every batch."""
     model = loaded(recipe, state)
-    device = torch.device(recipe.compute.device)
+    compute, device = recipe.compute, torch.device(recipe.compute.device)
     model.to(device).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train()
-            module.reset_running_stats()
-            module.momentum = None  # torch's way to say: a plain mean
+    for norm in norms(model):
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to say: a plain mean
     values = table(recipe.data.facts, recipe.data.normalise).to(device)
-    for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
-        model(normalise(images.to(device).permute(0, 3, 1, 2), values))
+    with (
+        host.settings(compute.threads or torch.get_num_threads()),
+        host.algorithms(device, deterministic=compute.deterministic),
+    ):
+        for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
+            ask()
+            model(normalise(images.to(device).permute(0, 3, 1, 2), values))
     return models.state(model)
+
+
+def norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Its batch norms, of any dimension, that keep running statistics."""
+    every = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in every if norm.track_running_stats]
 
 
 def copy_name(k: int, seed: int, *, whole: bool = False) -> str:
@@ -224,13 +239,18 @@ class _Copies:
         if plan.batch_norm == "recompute":
             pixels = np.asarray(make_splits(recipe, self._bench.source)["train"].pixels)
         for alpha, state in line(first, second, plan.points):
+            self._ask()
             if pixels is not None and 0 < alpha < 1:
-                state = recomputed(recipe, state, pixels)
+                state = recomputed(recipe, state, pixels, self._ask)
             engine.rewind(state)
             alphas.append(alpha)
             errors["train"].append(1 - engine.evaluate("train", plan.train_images).accuracy)
             errors["test"].append(1 - engine.evaluate("test").accuracy)
         return alphas, errors
+
+    def _ask(self) -> None:
+        if number := self._bench.stopped():
+            raise Stopped("stopped; the trained copies are kept, and the same command goes on", number)
 
 
 def _with_seeds(recipe: Recipe, **seeds: int) -> Recipe:
@@ -252,6 +272,12 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
     if plan.different_init and plan.seeds[1] == own:
         raise RecipeError(f"--seeds {plan.seeds[0]},{own}: with --from-init different the second seed must not be "
                           f"the run's own, {own}")  # fmt: skip
+    images = ticket.recipe.data.train_images
+    if plan.train_images is not None and plan.train_images > images:
+        raise RecipeError(f"--train-images must be at most the {images:,} training images, got {plan.train_images}")
+    if plan.batch_norm == "recompute" and not norms(skeleton(ticket.recipe)):
+        raise RecipeError(f"--batch-norm recompute: {ticket.recipe.model.name} has no batch norm whose running "
+                          "statistics could be recomputed; leave it out")  # fmt: skip
     for round in rounds:
         if not 0 <= round < len(ticket.rounds):
             raise TicketError(f"this run has no round {round}; choose from 0 to {len(ticket.rounds) - 1}")
@@ -259,7 +285,10 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
 
 def _suffix(plan: Plan, k: int) -> str:
     different = "-different-init" if plan.different_init else ""
-    return _whole(plan.whole, k) + different + ("-recompute" if plan.batch_norm == "recompute" else "")
+    recomputed = "-recompute" if plan.batch_norm == "recompute" else ""
+    points = f"-points{plan.points}" if plan.points != Plan.points else ""
+    images = f"-images{plan.train_images}" if plan.train_images is not None else ""
+    return _whole(plan.whole, k) + different + recomputed + points + images
 
 
 def _whole(whole: bool, k: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -57,14 +58,15 @@ def one_shot_rate(shapes: Shapes, prune: PruneSection, density: float) -> float:
 def of_density(strategy: str, shapes: Shapes, prune: PruneSection, density: float) -> Budget:
     """What a net keeps at ``density``: at most this share of all Linear and Conv weights, and as near as counts allow.
 
-    ``layer`` prunes by the layers' rates in one step, in the recipe's scope; for the others see ``of_total``.
+    ``layer`` prunes each layer alone by its rate in one step, whatever the recipe's scope; for the others see
+    ``of_total``.
     """
     rates = layer_rates(shapes, prune)
     sizes = {n: math.prod(shapes[n]) for n in rates}
     if strategy != "layer":
         return of_total(strategy, {n: shapes[n] for n in rates}, sum(sizes.values()) - _removed(shapes, rates, density))
-    rate = exact(one_shot_rate(shapes, prune, density)) / exact(prune.rate)
-    cut = groups({n: r * rate for n, r in rates.items()}, sizes, prune.scope)
+    rate = exact(one_shot_rate(shapes, replace(prune, scope="layer"), density)) / exact(prune.rate)
+    cut = groups({n: r * rate for n, r in rates.items()}, sizes, "layer")
     return [(names, sum(sizes[n] for n in names) - count) for names, count in cut]
 
 

@@ -8,6 +8,7 @@
     [settings]
     prune.rounds = 12
     prune.rate = [0.1, 0.2, 0.4]      # a list multiplies, and so do lists of models, datasets and presets
+    prune.scale.fc1 = 0.5             # one entry, beside those of the preset, as with --set
 
     [[branch]]
     kind = "random-reinit"            # with the options of `fastlth branch`
@@ -85,12 +86,12 @@ def _product(spec: Mapping[str, Any]) -> Iterator[_Varied]:
         if key in spec:
             axes[key] = _words(key, spec[key])
     for section, fields in _section(spec.get("settings", {})):
-        for name, value in fields.items():
+        for name, value in _parts(fields):
             axes[f"{section}.{name}"] = _choices(section, name, value)
     varying = [key for key, choices in axes.items() if len(choices) > 1]
     for combination in itertools.product(*axes.values()):
         values = dict(zip(axes, combination, strict=True))
-        label = ", ".join(f"{key.rpartition('.')[2]} {_short(values[key])}" for key in varying)
+        label = ", ".join(f"{key.partition('.')[2] or key} {_short(values[key])}" for key in varying)
         yield _Varied(values, label or "tickets")
 
 
@@ -172,6 +173,15 @@ def _section(settings: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if section == "seeds" and "base" in fields:
             raise RecipeError("settings.seeds.base is given by seeds, at the top of the file; leave it out")
         yield section, fields
+
+
+def _parts(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of a table one by one, as --set names them: ("scale.fc1", 0.5), which leaves a preset's others."""
+    for name, value in fields.items():
+        if isinstance(value, dict) and value:
+            yield from ((f"{name}.{key}", part) for key, part in _parts(value))
+        else:
+            yield name, value
 
 
 def _choices(section: str, name: str, value: Any) -> list[Any]:

@@ -8,15 +8,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastlth import running
 from fastlth.data.normalise import table
 from fastlth.data.sources import data_root, load
 from fastlth.errors import RecipeError, Stopped, TicketError
-from fastlth.experiments.connectivity import Plan, connectivity, instability, line, recomputed
+from fastlth.experiments.connectivity import Plan, connectivity, instability, line, norms, recomputed
 from fastlth.experiments.trial import Trial
 from fastlth.models import build
 from fastlth.tickets import load_ticket
+from fastlth.training import host
 from fastlth.training.engines.make import make_engine, make_splits
 from tests.helpers import assert_masked, assert_same_bits, bits, small_recipe
 
@@ -101,7 +103,7 @@ def test_the_document_and_its_files(run):
         assert r["test_instability"] == max(r["test_error"]) - sum(ends) / 2
         assert r["stable"] == (r["test_instability"] < 0.02)
         assert r["density"] == ticket.file.density(r["round"])
-        written = json.loads((run / "connectivity" / f"round-{r['round']}-it0-seeds1-2.json").read_text())
+        written = json.loads((run / "connectivity" / f"round-{r['round']}-it0-seeds1-2-points5.json").read_text())
         assert written == {**document, "rounds": [r]}
 
 
@@ -155,8 +157,8 @@ def test_copies_may_train_the_whole_schedule_after_they_part(run, starts):
         steps = [json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines()
                  if '"iteration"' in line]  # fmt: skip
         assert steps[:4] == [10, 20, 30, 40]
-    whole = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-whole.json").read_text())
-    other = json.loads((run / "connectivity" / "round-1-it15-seeds1-2.json").read_text())
+    whole = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-whole-points3.json").read_text())
+    other = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-points3.json").read_text())
     assert (whole["whole_schedule"], other["whole_schedule"]) == (True, False)
 
 
@@ -189,6 +191,34 @@ def test_a_second_call_trains_nothing_and_a_stopped_one_goes_on(run, found, tmp_
     assert _without_seconds(connectivity(run, plan)) == {**_without_seconds(whole), "run": str(run)}
 
 
+def test_a_stop_on_the_line_is_heard_at_every_point_and_keeps_the_copies(run, monkeypatch):
+    plan = Plan(rounds=(1,), points=5)
+    connectivity(run, Plan(rounds=(1,), points=3))  # the copies are trained: nothing else asks from here on
+    monkeypatch.setattr(Trial, "_train", lambda *_: pytest.fail("trained again"))
+    asked = []
+    whole = connectivity(run, plan, stopped=lambda: asked.append(1))
+    assert len(asked) == 5
+    for at in (1, 3, 5):
+        left = [at]
+
+        def stopped(left=left):
+            left[0] -= 1
+            return 15 if left[0] == 0 else None
+
+        with pytest.raises(Stopped, match="the same command goes on") as caught:
+            connectivity(run, plan, stopped=stopped)
+        assert caught.value.exit_code == 143
+    assert connectivity(run, plan) == whole
+
+
+def test_a_stop_is_heard_between_the_batches_of_a_recomputation():
+    recipe = small_recipe("conv-2", "digits", model__batch_norm=True, train__batch_size=100)
+    pixels = make_splits(recipe, load("digits", data_root()))["train"].pixels[:250]
+    asked = []
+    recomputed(recipe, dict(build(recipe).state_dict()), pixels, lambda: asked.append(1))
+    assert len(asked) == 3
+
+
 def test_recomputed_statistics_against_their_definition():
     """With momentum None, torch's running mean is the plain mean of the batches' means."""
     recipe = small_recipe("conv-2", "digits", model__batch_norm=True, train__batch_size=100)
@@ -202,6 +232,34 @@ def test_recomputed_statistics_against_their_definition():
     assert torch.allclose(found["bn1.running_mean"], means.mean(0), atol=1e-5)
     assert int(found["bn1.num_batches_tracked"]) == 3
     assert torch.equal(found["conv1.weight"], state["conv1.weight"])
+
+
+def test_batch_norm_of_one_dimension_is_recomputed_too():
+    """A net that flattens its images and normalises every pixel: the mean of the batches' means, per pixel."""
+    recipe = small_recipe("tests.training.ranks:own_of_one_dimension", train__batch_size=100)
+    pixels = make_splits(recipe, load("digits", data_root()))["train"].pixels[:250]
+    state = {**build(recipe).state_dict(), "1.running_mean": torch.full((64,), 9.0)}
+    found = recomputed(recipe, state, pixels)
+    x = table("digits", "mean-std")[0][torch.from_numpy(pixels.reshape(250, 64)).long()]
+    means = torch.stack([part.mean(0) for part in x.split(100)])
+    assert torch.allclose(found["1.running_mean"], means.mean(0), atol=1e-5)
+    with_statistics = nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2)
+    net = nn.Sequential(nn.Linear(2, 2), *with_statistics, nn.BatchNorm2d(2, track_running_stats=False))
+    assert norms(net) == list(with_statistics)
+
+
+def test_a_recomputation_runs_under_the_engines_settings_of_the_host():
+    recipe = small_recipe("conv-2", "digits", model__batch_norm=True, train__batch_size=100)
+    pixels = make_splits(recipe, load("digits", data_root()))["train"].pixels[:100]
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        recomputed(recipe, dict(build(recipe).state_dict()), pixels,
+                   lambda: seen.append((torch.get_num_threads(), host.flushes_denormals())))  # fmt: skip
+        assert torch.get_num_threads() == 2 and not host.flushes_denormals()
+    finally:
+        torch.set_num_threads(before)
+    assert recipe.compute.threads == 1 and seen == [(1, True)]
 
 
 def test_batch_norm_is_recomputed_between_the_ends_only(tmp_path):
@@ -219,12 +277,27 @@ def test_fewer_training_images(run):
     assert engine.evaluate("train", 50).accuracy != engine.evaluate("train").accuracy
 
 
+def test_results_of_other_points_and_images_have_files_of_their_own(run):
+    plans = {
+        "": Plan(rounds=(0,)), "-points3": Plan(rounds=(0,), points=3), "-points4": Plan(rounds=(0,), points=4),
+        "-points3-images50": Plan(rounds=(0,), points=3, train_images=50),
+    }  # fmt: skip
+    documents = {name: connectivity(run, plan) for name, plan in plans.items()}
+    for name, document in documents.items():  # read when all are there
+        assert json.loads((run / "connectivity" / f"round-0-it0-seeds1-2{name}.json").read_text()) == document
+        assert len(document["rounds"][0]["alphas"]) == plans[name].points
+
+
 BAD = {
     "equal copies": (dict(seeds=(3, 3)), "two that differ"),
     "too few points": (dict(points=2), "at least 3, so that one lies between the ends, got 2"),
     "unknown batch norm": (dict(batch_norm="reset"), "interpolate or recompute, got 'reset'"),
+    "a seed that is none": (dict(seeds=(1, -5)), r"--seeds must be in 0 to 2\*\*32 - 1, got -5"),
+    "too large a seed": (dict(seeds=(99999999999, 11)), r"--seeds must be in 0 to 2\*\*32 - 1, got 99999999999"),
     "no images": (dict(train_images=0), "at least 1, got 0"),
+    "more images than there are": (dict(train_images=1374), "at most the 1,373 training images, got 1374"),
     "a late start of two initialisations": (dict(at_iteration=5, different_init=True), "no common theta_k"),
+    "no batch norm": (dict(batch_norm="recompute"), "lenet-300-100 has no batch norm whose running statistics"),
     "past the end": (dict(at_iteration=40), "in 0 to 39"),
     "the run's own initialisation": (dict(seeds=(1, 0), different_init=True), "must not be the run's own, 0"),
 }

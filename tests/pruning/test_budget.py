@@ -53,7 +53,20 @@ def test_one_step_ends_at_or_just_below_the_density(name, density):
     assert total <= math.floor(exact(density) * WEIGHTS) < total + len(LENET)
     if section.scope == "layer":
         assert budget.of_density("layer", LENET, section, density) == [([n], count) for n, count in kept.items()]
-    assert sum(c for _, c in budget.of_density("layer", LENET, section, density)) == sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["global", "global, output kept"])
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.2, 0.0517])
+def test_layer_wise_pruning_to_a_density_does_not_look_at_the_searchs_scope(name, density):
+    """With equal rates every layer keeps the same share, up to what does not come out whole."""
+    section, whole = SECTIONS[name], 1000 if "kept" in name else 0
+    shares = budget.of_density("layer", LENET, section, density)
+    sizes = {n: math.prod(LENET[n]) for n in LENET if not (whole and n == "output.weight")}
+    assert [names for names, _ in shares] == [[n] for n in sizes]
+    room = math.floor(exact(density) * WEIGHTS) - whole
+    assert room - len(LENET) < sum(count for _, count in shares) <= room
+    for ([layer], count), size in zip(shares, sizes.values(), strict=True):
+        assert abs(count - size * room / sum(sizes.values())) <= 1, layer
 
 
 def test_the_smallest_such_rate_is_taken():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from fastlth.composition import compose
 from fastlth.errors import RecipeError
 from fastlth.scaling.spec import read
-from tests.scaling.sweeps import small_sweep, write_spec
+from tests.scaling.sweeps import BASE, small_sweep, write_spec
 
 BRANCH = '[[branch]]\nkind = "random-reinit"\nrounds = [1]\ntrials = 2\n'
 
@@ -33,6 +34,30 @@ def test_a_list_that_may_be_left_out_stays_one_too(tmp_path):
     assert job.recipe.prune.never == ("fc1", "fc3")
     jobs = small_sweep(tmp_path, prune__never=[["fc1"], ["fc1", "fc3"]]).jobs
     assert [j.recipe.prune.never for j in jobs] == [("fc1",), ("fc1", "fc3")]
+
+
+def test_entries_of_a_table_are_set_as_set_does_and_multiply(tmp_path):
+    """The preset's output = 0.5 stays, and the new entry goes before it."""
+    scaled = dict(prune__scale__fc1=[0.5, 1.0], prune__scale__output=0.25)
+    (one,) = small_sweep(tmp_path, prune__scale__fc1=0.5).jobs
+    assert list(one.recipe.prune.scale.items()) == [("fc1", 0.5), ("output", 0.5)]
+    jobs = small_sweep(tmp_path, **scaled).jobs
+    assert [(j.arm.label, dict(j.recipe.prune.scale)) for j in jobs] == [
+        ("scale.fc1 0.5", {"fc1": 0.5, "output": 0.25}), ("scale.fc1 1", {"fc1": 1.0, "output": 0.25})]  # fmt: skip
+    settings = {**BASE, "prune.scale.fc1": 0.5, "prune.scale.output": 0.25}
+    assert jobs[0].recipe == compose("lenet-300-100", "digits", settings=settings).recipe
+
+
+@pytest.mark.parametrize(("written", "scale"), [
+    ("{fc1 = 0.5}", {"fc1": 0.5, "output": 0.5}),
+    ("{}", {}),  # whole, as --set prune.scale={}
+])  # fmt: skip
+def test_a_table_written_whole(tmp_path, written, scale):
+    (tmp_path / "s.toml").write_text(
+        f'model = "lenet-300-100"\ndataset = "digits"\npreset = "fast"\n[settings]\nprune.scale = {written}'
+    )
+    (job,) = read(tmp_path / "s.toml").jobs
+    assert job.recipe.prune.scale == scale
 
 
 def test_seeds_with_gaps_become_unbroken_stretches(tmp_path):

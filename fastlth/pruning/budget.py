@@ -48,7 +48,7 @@ def one_shot_rate(shapes: Shapes, prune: PruneSection, density: float) -> float:
         exactly = min(Fraction(exactly * step // 1 + 1) / step for step in steps)
     rate = float(exactly)
     while exact(rate) < exactly:
-        rate = math.nextafter(rate, 1.0)
+        rate = math.nextafter(rate, math.inf)
     if exact(rate) * max(factors.values()) >= 1:
         raise RecipeError(f"density {density:g} cannot be reached in one step: with these factors of prune.scale a "
                           "layer would have to lose everything; ask for more, or change prune.scale")  # fmt: skip

@@ -85,6 +85,17 @@ def test_the_papers_one_shot_densities_come_from_whole_eighths(label, rate):
     assert budget.one_shot_rate(LENET, HALF_OUTPUT, kept / WEIGHTS) == pytest.approx(rate / 8, abs=1e-4)
 
 
+def test_densities_out_of_reach_are_refused_whatever_their_rates_round_to():
+    """LeNets of many widths whose output layer loses half as much: their rates would be above 1, as floats too."""
+    section = PruneSection(rate=0.2, scale={"output": 0.5})
+    for width in range(20, 200, 20):
+        shapes = {"fc1.weight": (width, 64), "fc2.weight": (width, width), "output.weight": (10, width)}
+        most = sum(a * b for a, b in shapes.values())
+        for left in (5 * width - 1, 4 * width, width):  # half of the output layer stays whatever the rate
+            with pytest.raises(RecipeError, match="cannot be reached in one step"):
+                budget.one_shot_rate(shapes, section, left / most)
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0, -1.0, float("nan"), 1.5])
 def test_densities_that_are_none_are_refused(density):
     with pytest.raises(RecipeError, match="must be below 1"):

@@ -65,7 +65,7 @@ test: setup
 	$(BIN)/python -m pytest -q $(ARGS)
 
 science: setup
-	$(BIN)/python -m pytest -q -s -m science $(ARGS)
+	$(BIN)/python -m pytest -q -rP -m science -n 2 --dist loadfile $(ARGS)
 
 nightly: setup
 	$(BIN)/python -m pytest -q -s -m nightly $(ARGS)

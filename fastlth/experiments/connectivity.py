@@ -27,10 +27,11 @@ from fastlth.errors import RecipeError, Stopped, TicketError
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
-from fastlth.models import build, loaded
+from fastlth.models import build, loaded, skeleton
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, strict_json
 from fastlth.tickets import LoadedTicket
+from fastlth.training import host
 from fastlth.training.engines.make import make_engine, make_splits
 
 STABLE = 0.02
@@ -128,21 +129,28 @@ def recomputed(
     """``state`` with every batch norm's running statistics set to their plain mean over batches of ``pixels``
     uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32. ``ask`` is
     called before every batch."""
-    if not any(name.endswith("running_mean") for name in state):
-        return dict(state)
     model = loaded(recipe, state)
-    device = torch.device(recipe.compute.device)
+    compute, device = recipe.compute, torch.device(recipe.compute.device)
     model.to(device).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train()
-            module.reset_running_stats()
-            module.momentum = None  # torch's way to say: a plain mean
+    for norm in norms(model):
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's way to say: a plain mean
     values = table(recipe.data.facts, recipe.data.normalise).to(device)
-    for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
-        ask()
-        model(normalise(images.to(device).permute(0, 3, 1, 2), values))
+    with (
+        host.settings(compute.threads or torch.get_num_threads()),
+        host.algorithms(device, deterministic=compute.deterministic),
+    ):
+        for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
+            ask()
+            model(normalise(images.to(device).permute(0, 3, 1, 2), values))
     return models.state(model)
+
+
+def norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Its batch norms, of any dimension, that keep running statistics."""
+    every = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in every if norm.track_running_stats]
 
 
 def copy_name(k: int, seed: int, *, whole: bool = False) -> str:
@@ -264,6 +272,9 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
     if plan.different_init and plan.seeds[1] == own:
         raise RecipeError(f"--seeds {plan.seeds[0]},{own}: with --from-init different the second seed must not be "
                           f"the run's own, {own}")  # fmt: skip
+    if plan.batch_norm == "recompute" and not norms(skeleton(ticket.recipe)):
+        raise RecipeError(f"--batch-norm recompute: {ticket.recipe.model.name} has no batch norm whose running "
+                          "statistics could be recomputed; leave it out")  # fmt: skip
     for round in rounds:
         if not 0 <= round < len(ticket.rounds):
             raise TicketError(f"this run has no round {round}; choose from 0 to {len(ticket.rounds) - 1}")

@@ -8,15 +8,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastlth import running
 from fastlth.data.normalise import table
 from fastlth.data.sources import data_root, load
 from fastlth.errors import RecipeError, Stopped, TicketError
-from fastlth.experiments.connectivity import Plan, connectivity, instability, line, recomputed
+from fastlth.experiments.connectivity import Plan, connectivity, instability, line, norms, recomputed
 from fastlth.experiments.trial import Trial
 from fastlth.models import build
 from fastlth.tickets import load_ticket
+from fastlth.training import host
 from fastlth.training.engines.make import make_engine, make_splits
 from tests.helpers import assert_masked, assert_same_bits, bits, small_recipe
 
@@ -232,6 +234,34 @@ def test_recomputed_statistics_against_their_definition():
     assert torch.equal(found["conv1.weight"], state["conv1.weight"])
 
 
+def test_batch_norm_of_one_dimension_is_recomputed_too():
+    """A net that flattens its images and normalises every pixel: the mean of the batches' means, per pixel."""
+    recipe = small_recipe("tests.training.ranks:own_of_one_dimension", train__batch_size=100)
+    pixels = make_splits(recipe, load("digits", data_root()))["train"].pixels[:250]
+    state = {**build(recipe).state_dict(), "1.running_mean": torch.full((64,), 9.0)}
+    found = recomputed(recipe, state, pixels)
+    x = table("digits", "mean-std")[0][torch.from_numpy(pixels.reshape(250, 64)).long()]
+    means = torch.stack([part.mean(0) for part in x.split(100)])
+    assert torch.allclose(found["1.running_mean"], means.mean(0), atol=1e-5)
+    with_statistics = nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2)
+    net = nn.Sequential(nn.Linear(2, 2), *with_statistics, nn.BatchNorm2d(2, track_running_stats=False))
+    assert norms(net) == list(with_statistics)
+
+
+def test_a_recomputation_runs_under_the_engines_settings_of_the_host():
+    recipe = small_recipe("conv-2", "digits", model__batch_norm=True, train__batch_size=100)
+    pixels = make_splits(recipe, load("digits", data_root()))["train"].pixels[:100]
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        recomputed(recipe, dict(build(recipe).state_dict()), pixels,
+                   lambda: seen.append((torch.get_num_threads(), host.flushes_denormals())))  # fmt: skip
+        assert torch.get_num_threads() == 2 and not host.flushes_denormals()
+    finally:
+        torch.set_num_threads(before)
+    assert recipe.compute.threads == 1 and seen == [(1, True)]
+
+
 def test_batch_norm_is_recomputed_between_the_ends_only(tmp_path):
     recipe = small_recipe("conv-2", "digits", model__batch_norm=True, prune__rounds=0, train__iterations=10)
     path = running.run(recipe, out=tmp_path).replicates[0].path
@@ -255,6 +285,7 @@ BAD = {
     "too large a seed": (dict(seeds=(99999999999, 11)), r"--seeds must be in 0 to 2\*\*32 - 1, got 99999999999"),
     "no images": (dict(train_images=0), "at least 1, got 0"),
     "a late start of two initialisations": (dict(at_iteration=5, different_init=True), "no common theta_k"),
+    "no batch norm": (dict(batch_norm="recompute"), "lenet-300-100 has no batch norm whose running statistics"),
     "past the end": (dict(at_iteration=40), "in 0 to 39"),
     "the run's own initialisation": (dict(seeds=(1, 0), different_init=True), "must not be the run's own, 0"),
 }

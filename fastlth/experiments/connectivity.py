@@ -272,6 +272,9 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
     if plan.different_init and plan.seeds[1] == own:
         raise RecipeError(f"--seeds {plan.seeds[0]},{own}: with --from-init different the second seed must not be "
                           f"the run's own, {own}")  # fmt: skip
+    images = ticket.recipe.data.train_images
+    if plan.train_images is not None and plan.train_images > images:
+        raise RecipeError(f"--train-images must be at most the {images:,} training images, got {plan.train_images}")
     if plan.batch_norm == "recompute" and not norms(skeleton(ticket.recipe)):
         raise RecipeError(f"--batch-norm recompute: {ticket.recipe.model.name} has no batch norm whose running "
                           "statistics could be recomputed; leave it out")  # fmt: skip
@@ -282,7 +285,10 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
 
 def _suffix(plan: Plan, k: int) -> str:
     different = "-different-init" if plan.different_init else ""
-    return _whole(plan.whole, k) + different + ("-recompute" if plan.batch_norm == "recompute" else "")
+    recomputed = "-recompute" if plan.batch_norm == "recompute" else ""
+    points = f"-points{plan.points}" if plan.points != Plan.points else ""
+    images = f"-images{plan.train_images}" if plan.train_images is not None else ""
+    return _whole(plan.whole, k) + different + recomputed + points + images
 
 
 def _whole(whole: bool, k: int) -> str:

@@ -103,7 +103,7 @@ def test_the_document_and_its_files(run):
         assert r["test_instability"] == max(r["test_error"]) - sum(ends) / 2
         assert r["stable"] == (r["test_instability"] < 0.02)
         assert r["density"] == ticket.file.density(r["round"])
-        written = json.loads((run / "connectivity" / f"round-{r['round']}-it0-seeds1-2.json").read_text())
+        written = json.loads((run / "connectivity" / f"round-{r['round']}-it0-seeds1-2-points5.json").read_text())
         assert written == {**document, "rounds": [r]}
 
 
@@ -157,8 +157,8 @@ def test_copies_may_train_the_whole_schedule_after_they_part(run, starts):
         steps = [json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines()
                  if '"iteration"' in line]  # fmt: skip
         assert steps[:4] == [10, 20, 30, 40]
-    whole = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-whole.json").read_text())
-    other = json.loads((run / "connectivity" / "round-1-it15-seeds1-2.json").read_text())
+    whole = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-whole-points3.json").read_text())
+    other = json.loads((run / "connectivity" / "round-1-it15-seeds1-2-points3.json").read_text())
     assert (whole["whole_schedule"], other["whole_schedule"]) == (True, False)
 
 
@@ -277,6 +277,17 @@ def test_fewer_training_images(run):
     assert engine.evaluate("train", 50).accuracy != engine.evaluate("train").accuracy
 
 
+def test_results_of_other_points_and_images_have_files_of_their_own(run):
+    plans = {
+        "": Plan(rounds=(0,)), "-points3": Plan(rounds=(0,), points=3), "-points4": Plan(rounds=(0,), points=4),
+        "-points3-images50": Plan(rounds=(0,), points=3, train_images=50),
+    }  # fmt: skip
+    documents = {name: connectivity(run, plan) for name, plan in plans.items()}
+    for name, document in documents.items():  # read when all are there
+        assert json.loads((run / "connectivity" / f"round-0-it0-seeds1-2{name}.json").read_text()) == document
+        assert len(document["rounds"][0]["alphas"]) == plans[name].points
+
+
 BAD = {
     "equal copies": (dict(seeds=(3, 3)), "two that differ"),
     "too few points": (dict(points=2), "at least 3, so that one lies between the ends, got 2"),
@@ -284,6 +295,7 @@ BAD = {
     "a seed that is none": (dict(seeds=(1, -5)), r"--seeds must be in 0 to 2\*\*32 - 1, got -5"),
     "too large a seed": (dict(seeds=(99999999999, 11)), r"--seeds must be in 0 to 2\*\*32 - 1, got 99999999999"),
     "no images": (dict(train_images=0), "at least 1, got 0"),
+    "more images than there are": (dict(train_images=1374), "at most the 1,373 training images, got 1374"),
     "a late start of two initialisations": (dict(at_iteration=5, different_init=True), "no common theta_k"),
     "no batch norm": (dict(batch_norm="recompute"), "lenet-300-100 has no batch norm whose running statistics"),
     "past the end": (dict(at_iteration=40), "in 0 to 39"),

@@ -84,10 +84,16 @@ class Workbench:
         """``values`` with Gaussian noise on every Linear and Conv weight, ``sigma`` times as wide as the distribution
         that the layer's initial values are drawn from (Frankle & Carbin 2019, appendix F.7)."""
         noisy = {n: t.clone() for n, t in values.items()}
-        for name, std in weight_stds(self.recipe).items():
+        for name, std in self._spreads().items():
             noise = sigma * std * normal(self.numbers[name], noisy[name].numel(), key)
             noisy[name] += torch.from_numpy(noise.astype(np.float32)).view(noisy[name].shape)
         return noisy
+
+    def _spreads(self) -> dict[str, float]:
+        if not self.recipe.model.own_values:
+            return weight_stds(self.recipe)
+        theta0 = self.theta0()  # nobody knows what their constructor draws from
+        return {name: float(theta0[name].double().std(correction=0)) for name in self.shapes}
 
     def dense(self) -> dict[str, Tensor]:
         """The weights that the search's round 0 ended with: kept ones, else the round is trained again and kept.

@@ -69,7 +69,7 @@ def draw(recipe: Recipe, key: Key) -> nn.Module:
         model = own.construct(recipe, key)
     else:
         model = skeleton(recipe).to_empty(device="cpu")
-    if not recipe.model.own or recipe.model.init == "glorot":
+    if not recipe.model.own_values:
         how = recipe.model
         initialise_(model, key, how.bias_init, weights=how.weight_init, std=how.weight_std, norm=how.norm_init)
     return model
@@ -100,7 +100,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weight_stds(recipe: Recipe) -> dict[str, float]:
-    """Standard deviation of the initial distribution of each Linear and Conv weight, in model order."""
+    """Standard deviation of the initial distribution of each Linear and Conv weight, in model order; of nets whose
+    values are drawn here, not by their own constructor."""
     model, how = skeleton(recipe), recipe.model
     return {
         name: weight_std(model.get_parameter(name).shape, how.weight_init) if how.weight_std is None else how.weight_std

@@ -64,6 +64,11 @@ class ModelSection:
         """Whether the net is made by code outside of fastlth."""
         return specs.is_own(self.name)
 
+    @property
+    def own_values(self) -> bool:
+        """Whether its initial values are those that an own net's constructor draws."""
+        return self.own and self.init is None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSection:

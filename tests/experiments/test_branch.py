@@ -19,8 +19,10 @@ from fastlth.errors import RecipeError, RunLockedError, Stopped, TicketError
 from fastlth.experiments.branch import branch
 from fastlth.experiments.control import KINDS, METHODS, Control
 from fastlth.experiments.trial import Trial
+from fastlth.experiments.workbench import NOISE, draw_key
 from fastlth.metrics import TIMING_FIELDS
 from fastlth.models import build
+from fastlth.models.init import normal
 from fastlth.store.lock import Lock
 from fastlth.tickets import load_ticket
 from fastlth.training.engines.make import make_engine
@@ -165,6 +167,18 @@ def test_noise_on_values_of_a_given_spread(tmp_path, starts):
     assert float(start.values["fc1.weight"].std()) == pytest.approx(0.4 * math.sqrt(1.25), rel=0.03)
     (_, _, start), *_ = starts(path, Control(kind="random-reinit"), rounds=[1], trials=1)
     assert float(start.values["fc1.weight"].std()) == pytest.approx(0.4, rel=0.03)
+
+
+def test_noise_on_an_own_nets_values_is_in_units_of_their_spread(tmp_path, starts):
+    """nn.Linear draws uniformly from +-1/sqrt(inputs); Glorot's spread would be more than twice as wide."""
+    recipe = small_recipe("tests.training.ranks:own_of_one_dimension", prune__rounds=1, train__iterations=2)
+    path = running.run(recipe, out=tmp_path).replicates[0].path
+    theta0 = load_ticket(path / "search.ticket").rewind()["2.weight"]
+    (_, _, start), *_ = starts(path, Control(kind="noise", sigma=0.5), rounds=[1], trials=1)
+    noise = (start.values["2.weight"] - theta0).double()
+    drawn = normal(0, 640, draw_key(recipe.seeds, NOISE, 1, 0)).reshape(10, 64)
+    assert np.allclose(noise.numpy(), 0.5 * np.std(theta0.double().numpy()) * drawn, atol=1e-6)
+    assert float(noise.std()) == pytest.approx(0.5 * (1 / 8) / math.sqrt(3), rel=0.15)
 
 
 def test_noise_trains(run):

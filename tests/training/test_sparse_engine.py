@@ -168,6 +168,8 @@ def test_a_search_keeps_its_promises_and_goes_on_from_any_chunk(rewind_to):
 
 @pytest.mark.parametrize(("settings", "reason"), [
     ({"model": "conv-2"}, "conv-2 is not a stack"),
+    ({"model": "conv-2", "model__dropout": 0.5}, "conv-2 is not a stack"),  # dropout is not all that is in the way
+    ({"model__dropout": 0.5}, "cannot train this: model.dropout is 0.5"),
     ({"compute__precision": "bf16"}, "compute.precision is bf16"),
     ({"compute__loader": "ffcv"}, "compute.loader is ffcv"),
     ({"data__augment": "flip-crop"}, "data.augment is flip-crop"),

@@ -20,6 +20,7 @@ from fastlth.data.normalise import table
 from fastlth.data.order import Order
 from fastlth.data.sources import Images
 from fastlth.models import build, skeleton, state, weight_names
+from fastlth.models.dropout import DroppedLinear
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.training.engines.base import Chunk, Tensors
@@ -38,12 +39,14 @@ SEEN = 4096
 def unsupported(recipe: Recipe) -> str | None:
     """Why this engine cannot train the recipe on a CPU, as a clause; None if it can."""
     net = skeleton(recipe)
-    kinds = [type(m) for m in net.children()]
+    kinds = [nn.Linear if type(m) is DroppedLinear else type(m) for m in net.children()]
     linear = kinds.count(nn.Linear)
     expected = [nn.Flatten, *[nn.Linear, nn.ReLU] * (linear - 1), nn.Linear]
     chain = type(net) is nn.Sequential and len(weight_names(net)) == linear  # no weight twice
     if not chain or kinds != expected or any(m.bias is None for m in _linear(net)):
         return f"{recipe.model.name} is not a stack of fully connected layers with ReLU between them"
+    if recipe.model.dropout:
+        return f"model.dropout is {recipe.model.dropout:g}"
     if specs.folder(recipe.data.name) is not None:
         return "images of a folder are not kept in memory"
     if recipe.data.augment != "none":

@@ -76,8 +76,10 @@ RULES = [
     ("train__lr", NAN, "train.lr must be a finite number greater than 0, got nan"),
     ("train__lr", INF, "train.lr must be a finite number greater than 0, got inf"),
     ("train__optimizer", "lion", "unknown train.optimizer 'lion'; choose one of: adam, adamw, sgd"),
-    ("train__optimizer", "adam", "train.momentum must be 0 with optimizer adam, which has betas, got 0.9"),
-    ("train__optimizer", "adamw", "train.momentum must be 0 with optimizer adamw, which has betas, got 0.9"),
+    ("train__optimizer", "adam", "train.momentum must be 0 with optimizer adam, which has betas "
+                                "(--momentum 0, or --set train.momentum=0), got 0.9"),
+    ("train__optimizer", "adamw", "train.momentum must be 0 with optimizer adamw, which has betas "
+                                 "(--momentum 0, or --set train.momentum=0), got 0.9"),
     ("train__momentum", 1.0, "train.momentum must be in [0, 1), got 1.0"),
     ("train__momentum", -0.1, "train.momentum must be in [0, 1), got -0.1"),
     ("train__momentum", NAN, "train.momentum must be in [0, 1), got nan"),

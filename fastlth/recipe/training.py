@@ -34,7 +34,8 @@ class TrainSection:
         choice("train.optimizer", self.optimizer, ("adam", "adamw", "sgd"))
         check("train.momentum", 0 <= self.momentum < 1, "be in [0, 1)", self.momentum)
         check("train.momentum", self.momentum == 0 or self.optimizer == "sgd",
-               f"be 0 with optimizer {self.optimizer}, which has betas", self.momentum)  # fmt: skip
+               f"be 0 with optimizer {self.optimizer}, which has betas (--momentum 0, or --set train.momentum=0)",
+               self.momentum)  # fmt: skip
         check("train.nesterov", not self.nesterov or self.momentum > 0,
                "be false without train.momentum", self.nesterov)  # fmt: skip
         check("train.weight_decay", 0 <= self.weight_decay < inf,

@@ -112,6 +112,13 @@ def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     return Recipe.from_dict(merged)
 
 
+def iterations(name: str, value: int | str, recipe: Recipe) -> int:
+    """``value``, a number or a text such as 500it or 2ep, as iterations of ``recipe``. Raises RecipeError, which calls
+    it ``name``."""
+    per_epoch = recipe.train.iterations_per_epoch(recipe.data.train_images)
+    return _iterations(name, value, per_epoch) if isinstance(value, str) else value
+
+
 def with_own(recipe: Recipe, model: str | Callable[..., Any] | None, data: str | Callable[..., Any] | None) -> Recipe:
     """``recipe`` with another model and other data, where given; other data bring their default hold-out."""
     changes: dict[str, Any] = {"model.name": _name(model)} if model is not None else {}

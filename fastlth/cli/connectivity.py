@@ -18,7 +18,9 @@ Opt = typer.Option
 def connectivity(
     run: Annotated[Path, typer.Argument(help="A run folder (r<seed>) with a search.ticket.")],
     rounds: Annotated[str, Opt(help="Whose nets: numbers such as 0,7, or all.")] = "all",
-    at_iteration: Annotated[int | None, Opt(help="k: the copies part there (default: the rewind point)")] = None,
+    at_iteration: Annotated[
+        str | None, Opt(help="k, as 500, 500it or 1ep: the copies part there (default: the rewind point)")
+    ] = None,
     from_init: Annotated[str, Opt(help="same, or different: two initialisations, the negative control.")] = "same",
     seeds: Annotated[str, Opt(help="Seeds of the copies' data order and augmentation.")] = "1,2",
     points: Annotated[int, Opt(help="Points on the line, the ends included.")] = 30,
@@ -43,7 +45,8 @@ def connectivity(
     from fastlth.experiments.connectivity import connectivity as compare
     from fastlth.ui import StopGuard, TrialLines
 
-    plan = Plan(rounds=which, at_iteration=at_iteration, different_init=from_init == "different",
+    k = int(at_iteration) if at_iteration is not None and at_iteration.isdecimal() else at_iteration
+    plan = Plan(rounds=which, at_iteration=k, different_init=from_init == "different",
                 seeds=(first, second), points=points, batch_norm=batch_norm, train_images=train_images,
                 whole=whole_schedule)  # fmt: skip
     screen = console()

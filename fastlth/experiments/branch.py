@@ -84,7 +84,7 @@ def branch(
     """
     bench = Workbench(Path(run), data_dir, show, stopped)
     count = control.trials(trials)
-    recipe, first = _schedule(control, _changed(bench.recipe, settings or {}))
+    recipe, first = _schedule(control, _changed(bench.recipe, settings or {}, control))
     which = _rounds(bench, control, rounds)
     folder, digest = bench.folder(control, recipe)
     work = _Work(bench, control, recipe, first, folder, digest)
@@ -259,12 +259,20 @@ def _schedule(control: Control, recipe: Recipe) -> tuple[Recipe, int]:
     return recipe, length - steps
 
 
-def _changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+def _changed(recipe: Recipe, settings: Mapping[str, Any], control: Control) -> Recipe:
     for name in settings:
         shared = name in ("seeds.base", "seeds.init", "seeds.split", "seeds.prune")
         if shared or name.split(".")[0] in ("model", "data", "prune", "store"):
             raise RecipeError(f"{name} belongs to the search and its controls share it; search again with another one")
-    return adjust(recipe, settings)
+    if not control.from_start:
+        return adjust(recipe, settings)
+    changed = adjust(_rewinding_to(0, recipe), settings)  # may be shorter than the rewind point, which it never meets
+    late = recipe.prune.rewind_to
+    return _rewinding_to(late, changed) if late < changed.train.iterations else changed
+
+
+def _rewinding_to(k: int, recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rewind_to=k))
 
 
 def _rounds(bench: Workbench, control: Control, rounds: Sequence[int] | str | None) -> list[int]:

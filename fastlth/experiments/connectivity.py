@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastlth import models
+from fastlth.composition import iterations
 from fastlth.data.normalise import normalise, table
 from fastlth.errors import RecipeError, Stopped, TicketError
 from fastlth.experiments.trial import Show, Start, Stop, Trial
@@ -46,8 +47,8 @@ class Plan:
 
     rounds: tuple[int, ...] | None = None
     """None: all finished ones"""
-    at_iteration: int | None = None
-    """k; None: where the search rewinds to"""
+    at_iteration: int | str | None = None
+    """k, or a text such as 1ep; None: where the search rewinds to"""
     different_init: bool = False
     """the second copy starts from another theta0: the negative control"""
     seeds: tuple[int, int] = (1, 2)
@@ -88,7 +89,8 @@ def connectivity(
     """
     bench = Workbench(run, data_dir, show, stopped)
     ticket = bench.finished()
-    k = ticket.file.rewind_iteration if plan.at_iteration is None else plan.at_iteration
+    at = ticket.file.rewind_iteration if plan.at_iteration is None else plan.at_iteration
+    k = iterations("--at-iteration", at, ticket.recipe)
     rounds = plan.rounds if plan.rounds is not None else tuple(range(len(ticket.rounds)))
     _check(ticket, plan, k, rounds)
     copies = _Copies(bench, ticket, plan, k)

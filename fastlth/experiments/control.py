@@ -100,6 +100,11 @@ class Control:
         return self.kind in DRAWN or self.reinit or self.method in ("random", "even", "erk")
 
     @property
+    def from_start(self) -> bool:
+        """Whether every training begins with iteration 0, wherever the search rewinds to."""
+        return self.kind in ("random-reinit", "prune-at-init") or self.reinit
+
+    @property
     def chains(self) -> bool:
         """Whether round k begins where the branch's own round k - 1 ended."""
         return self.kind in ("finetune", "lr-rewind") and self.density is None

@@ -48,6 +48,11 @@ def test_connectivity(run, found):
     options = ("--rounds", "1", "--points", "3", "--at-iteration", "20", "--whole-schedule", "--json")
     code, out, err = run("connectivity", found, *options)
     assert code == 0 and json.loads(out)["whole_schedule"] is True, err
+    for text in ("0.5ep", "21it"):  # half of the 42 steps that 1,373 images make at batch 32
+        code, out, err = run("connectivity", found, "--rounds", "0", "--points", "3", "--at-iteration", text, "--json")
+        assert code == 0 and json.loads(out)["iteration"] == 21, err
+    code, out, err = run("connectivity", found, "--at-iteration", "soon")
+    assert (code, out) == (2, "") and "--at-iteration must be iterations (500, 500it) or epochs" in err
 
 
 def test_noise(run, found):

@@ -404,6 +404,23 @@ def test_prune_at_init_keeps_as_many_as_the_round(run, starts, scope):
         assert [sum(int(m.sum()) for m in s.masks.values()) for _, _, s in seen] == [ticket.file.kept(3)] * 2
 
 
+def test_what_begins_with_iteration_0_may_be_shorter_than_the_rewind_point(tmp_path):
+    late = running.run(recipe_of(prune__rewind_to=15, prune__rounds=1), out=tmp_path).replicates[0].path
+    short = {"train.iterations": 10}
+    for control in (
+        Control(kind="random-reinit"), Control(kind="random-prune", reinit=True),
+        Control(kind="prune-at-init", method="magnitude"),
+    ):  # fmt: skip
+        found = branch(late, control, rounds=[1], trials=1, settings=short)
+        assert found.recipe.train.iterations == 10
+        assert lines(found.folder / "round-1" / "trial-0")[-2]["iteration"] == 10
+        usual = branch(late, control, rounds=[1], trials=1)  # elsewhere recipe and folder are what they were
+        digest = control.digest(load_ticket(late / "search.ticket").recipe.digest)
+        assert usual.recipe.prune.rewind_to == 15 and usual.folder.name == f"{control.kind}-{digest[:8]}"
+    with pytest.raises(RecipeError, match=r"prune.rewind_to must be below train.iterations \(10\), got 15"):
+        branch(late, Control(kind="random-prune"), rounds=[1], settings=short)
+
+
 # ---- files, stopping, going on -------------------------------------------------------------------------------------
 
 

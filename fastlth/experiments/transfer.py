@@ -86,6 +86,7 @@ def transfer_digest(search: Recipe, recipe: Recipe, random_ticket: bool) -> str:
 def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings the learning rate and the
     momentum of ``OPTIMIZERS`` where ``settings`` have no learning rate. The hold-out of the same data set stays."""
+    _check_given(settings)
     if not recipe.prune.rewinds:
         raise RecipeError(f"transfer needs a ticket of rewind values and zeros; this one was found with mask_1 "
                           f"{recipe.prune.mask_1} and mask_0 {recipe.prune.mask_0}")  # fmt: skip
@@ -99,6 +100,14 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     if optimizer != recipe.train.optimizer and "train.lr" not in settings:
         changes |= OPTIMIZERS.get(optimizer, {})
     return adjust(recipe, {**changes, **settings})
+
+
+def _check_given(settings: Mapping[str, Any]) -> None:
+    for name in settings:
+        if name == "data.name":
+            raise RecipeError("data.name cannot be set, since the data set is given as DATASET; name it there")
+        if name.split(".")[0] in ("model", "prune", "store") and name != "model.dropout":
+            raise RecipeError(f"{name} belongs to the ticket, which is trained as it is; search again with another one")
 
 
 def carried(ticket: LoadedTicket, recipe: Recipe, round: int) -> tuple[Start, dict[str, tuple[str, str]]]:

@@ -204,3 +204,21 @@ def test_what_does_not_fit_is_refused(ticket, folders, tmp_path):
     frozen = running.run(small_recipe(prune__mask_0="freeze_init", prune__rounds=0), out=tmp_path / "frozen")
     with pytest.raises(RecipeError, match="mask_0 freeze_init"):
         transfer(load_ticket(frozen.ticket), "digits")
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("data.name", "mnist"), ("model.name", "conv-2"), ("model.batch_norm", True), ("prune.mask_0", "freeze_init"),
+    ("prune.never", ["fc1"]), ("store.keep_weights", "all"),
+])  # fmt: skip
+def test_settings_that_belong_to_the_ticket_are_refused(ticket, setting, value):
+    says = "the data set is given as DATASET" if setting == "data.name" else f"{setting} belongs to the ticket"
+    with pytest.raises(RecipeError, match=says):
+        target(ticket.recipe, "digits", {setting: value})
+
+
+def test_dropout_and_what_is_not_the_tickets_may_change(ticket):
+    settings = {"model.dropout": 0.5, "data.normalise": "unit", "train.iterations": 10}
+    dropped = target(ticket.recipe, "digits", settings)
+    assert (dropped.model.dropout, dropped.data.normalise) == (0.5, "unit")
+    (result,) = transfer(ticket, "digits", round=1, settings=settings)["rounds"]
+    assert result["kept"] == ticket.rounds[1]["kept"]

@@ -38,9 +38,9 @@ from fastlth.store import strict_json
 from fastlth.tickets import LoadedTicket
 from fastlth.training.engines.make import make_engine
 
-# What another optimizer starts from where no learning rate is given (Morcos et al. 2019, section 3).
+# What another optimizer brings of its own where it is not given (Morcos et al. 2019, section 3).
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"train.lr": 0.1, "train.momentum": 0.9},
+    "sgd": {"train.lr": 0.1, "train.momentum": 0.9, "train.nesterov": False},
     "adam": {"train.lr": 3e-4, "train.momentum": 0.0, "train.nesterov": False},
     "adamw": {"train.lr": 3e-4, "train.momentum": 0.0, "train.nesterov": False},
 }
@@ -84,8 +84,8 @@ def transfer_digest(search: Recipe, recipe: Recipe, random_ticket: bool) -> str:
 
 
 def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
-    """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings the learning rate and the
-    momentum of ``OPTIMIZERS`` where ``settings`` have no learning rate. The hold-out of the same data set stays."""
+    """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings what ``OPTIMIZERS`` says of
+    it where ``settings`` do not. The hold-out of the same data set stays."""
     _check_given(settings)
     if not recipe.prune.rewinds:
         raise RecipeError(f"transfer needs a ticket of rewind values and zeros; this one was found with mask_1 "
@@ -97,7 +97,7 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     else:
         changes["seeds.split"] = recipe.seeds.key("split")[0]
     optimizer = settings.get("train.optimizer", recipe.train.optimizer)
-    if optimizer != recipe.train.optimizer and "train.lr" not in settings:
+    if optimizer != recipe.train.optimizer:
         changes |= OPTIMIZERS.get(optimizer, {})
     return adjust(recipe, {**changes, **settings})
 

@@ -153,9 +153,24 @@ def test_another_optimizer_brings_the_papers_learning_rate(ticket):
     assert (sgd.train.lr, sgd.train.momentum) == (0.1, 0.9)
     back = target(sgd, "digits", {"train.optimizer": "adam"})
     assert (back.train.lr, back.train.momentum) == (3e-4, 0.0)
-    given = target(ticket.recipe, "digits", {"train.optimizer": "sgd", "train.lr": 0.05})
-    assert (given.train.lr, given.train.momentum) == (0.05, 0.0)
     assert target(sgd, "digits", {"train.optimizer": "sgd"}).train == sgd.train
+
+
+def test_another_optimizer_brings_its_own_momentum_where_none_is_given(ticket):
+    def trained(recipe, **given):
+        train = target(recipe, "digits", {f"train.{name}": value for name, value in given.items()}).train
+        return train.lr, train.momentum, train.nesterov
+
+    sgd = target(ticket.recipe, "digits", {"train.optimizer": "sgd", "train.nesterov": True})
+    assert trained(ticket.recipe, optimizer="sgd", lr=0.05) == (0.05, 0.9, False)
+    assert trained(ticket.recipe, optimizer="sgd", momentum=0.0) == (0.1, 0.0, False)
+    assert sgd.train.momentum == 0.9 and sgd.train.nesterov
+    for optimizer in ("adam", "adamw"):
+        assert trained(sgd, optimizer=optimizer, lr=0.001) == (0.001, 0.0, False)
+        assert trained(sgd, optimizer=optimizer) == (3e-4, 0.0, False)
+    assert trained(sgd, optimizer="sgd", lr=0.05) == (0.05, 0.9, True)  # no other one: the ticket's own stay
+    with pytest.raises(RecipeError, match=r"train\.momentum must be 0 with optimizer adam"):
+        trained(ticket.recipe, optimizer="adam", momentum=0.5)
 
 
 def test_a_transfer_is_made_once_and_goes_on_where_it_stopped(ticket, tmp_path, monkeypatch):

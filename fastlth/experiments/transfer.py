@@ -85,7 +85,8 @@ def transfer_digest(search: Recipe, recipe: Recipe, random_ticket: bool) -> str:
 
 def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings what ``OPTIMIZERS`` says of
-    it where ``settings`` do not. The hold-out of the same data set stays."""
+    it where ``settings`` do not. The hold-out of the same data set stays. The rewind point only names the folder here,
+    and so does an early bird: where the schedule is too short for them, they are left out."""
     _check_given(settings)
     if not recipe.prune.rewinds:
         raise RecipeError(f"transfer needs a ticket of rewind values and zeros; this one was found with mask_1 "
@@ -99,7 +100,12 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     optimizer = settings.get("train.optimizer", recipe.train.optimizer)
     if optimizer != recipe.train.optimizer:
         changes |= OPTIMIZERS.get(optimizer, {})
-    return adjust(recipe, {**changes, **settings})
+    bare = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rewind_to=0, early_bird=0.0))
+    found = adjust(bare, {**changes, **settings})
+    try:
+        return dataclasses.replace(found, prune=recipe.prune)
+    except RecipeError:
+        return found
 
 
 def _check_given(settings: Mapping[str, Any]) -> None:

@@ -237,3 +237,11 @@ def test_dropout_and_what_is_not_the_tickets_may_change(ticket):
     assert (dropped.model.dropout, dropped.data.normalise) == (0.5, "unit")
     (result,) = transfer(ticket, "digits", round=1, settings=settings)["rounds"]
     assert result["kept"] == ticket.rounds[1]["kept"]
+
+
+def test_a_schedule_that_ends_before_the_rewind_point(ticket):
+    """It is trained from iteration 0 all the same; where the rewind point fits, the folder keeps its name."""
+    assert target(ticket.recipe, "digits", {"train.iterations": 5}).prune.rewind_to == 0
+    assert target(ticket.recipe, "digits", {"train.iterations": 6}).prune == ticket.recipe.prune
+    (result,) = transfer(ticket, "digits", round=1, settings={"train.iterations": 5})["rounds"]
+    assert result["kept"] == ticket.rounds[1]["kept"]

@@ -38,9 +38,9 @@ from fastlth.store import strict_json
 from fastlth.tickets import LoadedTicket
 from fastlth.training.engines.make import make_engine
 
-# What another optimizer starts from where no learning rate is given (Morcos et al. 2019, section 3).
+# What another optimizer brings of its own where it is not given (Morcos et al. 2019, section 3).
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"train.lr": 0.1, "train.momentum": 0.9},
+    "sgd": {"train.lr": 0.1, "train.momentum": 0.9, "train.nesterov": False},
     "adam": {"train.lr": 3e-4, "train.momentum": 0.0, "train.nesterov": False},
     "adamw": {"train.lr": 3e-4, "train.momentum": 0.0, "train.nesterov": False},
 }
@@ -84,8 +84,10 @@ def transfer_digest(search: Recipe, recipe: Recipe, random_ticket: bool) -> str:
 
 
 def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
-    """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings the learning rate and the
-    momentum of ``OPTIMIZERS`` where ``settings`` have no learning rate. The hold-out of the same data set stays."""
+    """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings what ``OPTIMIZERS`` says of
+    it where ``settings`` do not. The hold-out of the same data set stays. The rewind point only names the folder here,
+    and so does an early bird: where the schedule is too short for them, they are left out."""
+    _check_given(settings)
     if not recipe.prune.rewinds:
         raise RecipeError(f"transfer needs a ticket of rewind values and zeros; this one was found with mask_1 "
                           f"{recipe.prune.mask_1} and mask_0 {recipe.prune.mask_0}")  # fmt: skip
@@ -96,9 +98,22 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     else:
         changes["seeds.split"] = recipe.seeds.key("split")[0]
     optimizer = settings.get("train.optimizer", recipe.train.optimizer)
-    if optimizer != recipe.train.optimizer and "train.lr" not in settings:
+    if optimizer != recipe.train.optimizer:
         changes |= OPTIMIZERS.get(optimizer, {})
-    return adjust(recipe, {**changes, **settings})
+    bare = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rewind_to=0, early_bird=0.0))
+    found = adjust(bare, {**changes, **settings})
+    try:
+        return dataclasses.replace(found, prune=recipe.prune)
+    except RecipeError:
+        return found
+
+
+def _check_given(settings: Mapping[str, Any]) -> None:
+    for name in settings:
+        if name == "data.name":
+            raise RecipeError("data.name cannot be set, since the data set is given as DATASET; name it there")
+        if name.split(".")[0] in ("model", "prune", "store") and name != "model.dropout":
+            raise RecipeError(f"{name} belongs to the ticket, which is trained as it is; search again with another one")
 
 
 def carried(ticket: LoadedTicket, recipe: Recipe, round: int) -> tuple[Start, dict[str, tuple[str, str]]]:

@@ -153,9 +153,24 @@ def test_another_optimizer_brings_the_papers_learning_rate(ticket):
     assert (sgd.train.lr, sgd.train.momentum) == (0.1, 0.9)
     back = target(sgd, "digits", {"train.optimizer": "adam"})
     assert (back.train.lr, back.train.momentum) == (3e-4, 0.0)
-    given = target(ticket.recipe, "digits", {"train.optimizer": "sgd", "train.lr": 0.05})
-    assert (given.train.lr, given.train.momentum) == (0.05, 0.0)
     assert target(sgd, "digits", {"train.optimizer": "sgd"}).train == sgd.train
+
+
+def test_another_optimizer_brings_its_own_momentum_where_none_is_given(ticket):
+    def trained(recipe, **given):
+        train = target(recipe, "digits", {f"train.{name}": value for name, value in given.items()}).train
+        return train.lr, train.momentum, train.nesterov
+
+    sgd = target(ticket.recipe, "digits", {"train.optimizer": "sgd", "train.nesterov": True})
+    assert trained(ticket.recipe, optimizer="sgd", lr=0.05) == (0.05, 0.9, False)
+    assert trained(ticket.recipe, optimizer="sgd", momentum=0.0) == (0.1, 0.0, False)
+    assert sgd.train.momentum == 0.9 and sgd.train.nesterov
+    for optimizer in ("adam", "adamw"):
+        assert trained(sgd, optimizer=optimizer, lr=0.001) == (0.001, 0.0, False)
+        assert trained(sgd, optimizer=optimizer) == (3e-4, 0.0, False)
+    assert trained(sgd, optimizer="sgd", lr=0.05) == (0.05, 0.9, True)  # no other one: the ticket's own stay
+    with pytest.raises(RecipeError, match=r"train\.momentum must be 0 with optimizer adam"):
+        trained(ticket.recipe, optimizer="adam", momentum=0.5)
 
 
 def test_a_transfer_is_made_once_and_goes_on_where_it_stopped(ticket, tmp_path, monkeypatch):
@@ -204,3 +219,29 @@ def test_what_does_not_fit_is_refused(ticket, folders, tmp_path):
     frozen = running.run(small_recipe(prune__mask_0="freeze_init", prune__rounds=0), out=tmp_path / "frozen")
     with pytest.raises(RecipeError, match="mask_0 freeze_init"):
         transfer(load_ticket(frozen.ticket), "digits")
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("data.name", "mnist"), ("model.name", "conv-2"), ("model.batch_norm", True), ("prune.mask_0", "freeze_init"),
+    ("prune.never", ["fc1"]), ("store.keep_weights", "all"),
+])  # fmt: skip
+def test_settings_that_belong_to_the_ticket_are_refused(ticket, setting, value):
+    says = "the data set is given as DATASET" if setting == "data.name" else f"{setting} belongs to the ticket"
+    with pytest.raises(RecipeError, match=says):
+        target(ticket.recipe, "digits", {setting: value})
+
+
+def test_dropout_and_what_is_not_the_tickets_may_change(ticket):
+    settings = {"model.dropout": 0.5, "data.normalise": "unit", "train.iterations": 10}
+    dropped = target(ticket.recipe, "digits", settings)
+    assert (dropped.model.dropout, dropped.data.normalise) == (0.5, "unit")
+    (result,) = transfer(ticket, "digits", round=1, settings=settings)["rounds"]
+    assert result["kept"] == ticket.rounds[1]["kept"]
+
+
+def test_a_schedule_that_ends_before_the_rewind_point(ticket):
+    """It is trained from iteration 0 all the same; where the rewind point fits, the folder keeps its name."""
+    assert target(ticket.recipe, "digits", {"train.iterations": 5}).prune.rewind_to == 0
+    assert target(ticket.recipe, "digits", {"train.iterations": 6}).prune == ticket.recipe.prune
+    (result,) = transfer(ticket, "digits", round=1, settings={"train.iterations": 5})["rounds"]
+    assert result["kept"] == ticket.rounds[1]["kept"]

@@ -94,6 +94,8 @@ CRITERIA = (
 )  # fmt: skip
 SIGN_TESTS = ("large_final_same_sign_single", "large_final_diff_sign_single")
 """criteria that are the new mask by themselves and ask for no rate"""
+UNTRAINED = ("large_init", "small_init", "random", "snip", "grad")
+"""criteria that do not look at the weights a round ends with"""
 MASK_1 = (
     "none", "random_reinit", "signed_reinit", "random_reshuffle", "signed_reshuffle", "signed_constant",
     "rand_signed_constant", "random_reinit_rescaling", "signed_reinit_rescaling", "signed_constant_rescaling",

@@ -322,7 +322,7 @@ OTHER: dict[str, Any] = {
     "train.drop_last": False,
     "schedule.warmup": 1, "schedule.milestones": [500], "schedule.gamma": 0.2, "schedule.scale": False,
     "prune.rounds": 30, "prune.to_density": 0.05, "prune.rate": 0.3, "prune.scale": {"output": 0.5},
-    "prune.scope": "global", "prune.rewind_to": 1, "prune.early_bird": 0.1,
+    "prune.scope": "global", "prune.rewind_to": 1,
     "prune.only": ["conv*"], "prune.never": ["output"],
     "prune.criterion": "movement", "prune.mask_1": "signed_reinit", "prune.mask_0": "freeze_init",
     "evaluate.every": 200, "evaluate.test": "always",
@@ -340,7 +340,15 @@ WITHOUT = {
     "store.save_every", "store.theta0", "store.keep_weights",
 }  # fmt: skip
 # Other values of these do not go with BASE; tested by themselves.
-ELSEWHERE = {"train.optimizer", "prune.alpha", "prune.formulas", "prune.actions", "prune.reinit", "prune.constant"} | {
+ELSEWHERE = {
+    "train.optimizer",
+    "prune.early_bird",
+    "prune.alpha",
+    "prune.formulas",
+    "prune.actions",
+    "prune.reinit",
+    "prune.constant",
+} | {
     # of one's own nets and data alone
     "model.init",
     "model.content",

@@ -184,8 +184,9 @@ def test_no_memory_for_all_of_them_halves_the_group(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("model", "settings", "reason"), [
     ("conv-2", {"compute__together": "batched", "model__batch_norm": True}, "compute.together batched cannot train "
      "this: conv-2 is not a stack of convolutions, max pooling, ReLU and fully connected layers; use auto or alone"),
-    ("lenet-300-100", {"compute__together": "streams", "prune__early_bird": 0.1}, "compute.together streams cannot "
-     "train this: prune.early_bird ends the rounds of replicates at different times; use auto or alone"),
+    ("lenet-300-100", {"compute__together": "streams", "prune__early_bird": 0.1, "train__batch_size": 1000},
+     "compute.together streams cannot train this: prune.early_bird ends the rounds of replicates at different times; "
+     "use auto or alone"),
     ("lenet-300-100", {"compute__together": "batched", "compute__engine": "dense"}, "compute.together batched is the "
      "graph engine's, got --engine dense on cpu; use --engine graph or compute.together auto"),
     ("lenet-300-100", {"compute__together": "streams", "compute__engine": "auto"}, "got --engine auto on cpu"),

@@ -33,7 +33,9 @@ def retrain(
     """
     round = winning_or_last(ticket.rounds) if round is None else round
     masks = ticket.mask(round)
-    recipe = adjust(ticket.recipe, settings or {})
+    prune = ticket.recipe.prune
+    whole = dataclasses.replace(ticket.recipe, prune=dataclasses.replace(prune, early_bird=0.0))
+    recipe = adjust(whole, settings or {})
     source = load_for(recipe.data, data_dir)
     # what auto became in the search is part of its bits: threads, precision, which layers run from kept weights
     known = ticket.file.resolved if recipe.compute == ticket.recipe.compute else {}
@@ -45,7 +47,8 @@ def retrain(
     progress = Progress(first)
     for _ in train(engine, recipe, progress):
         pass
-    return round_result(engine, recipe, progress, round, ticket.file.density(round), mask_tools.kept(masks))
+    result = round_result(engine, recipe, progress, round, ticket.file.density(round), mask_tools.kept(masks))
+    return {**result, "iterations": progress.iteration} if prune.early_bird else result
 
 
 def _start(ticket: LoadedTicket, round: int) -> tuple[Mapping[str, Tensor], int]:

@@ -19,13 +19,14 @@ from fastlth.errors import RecipeError, unknown
 from fastlth.recipe.checks import check, exact
 from fastlth.recipe.machine import ComputeSection, StoreSection
 from fastlth.recipe.net import FACTS, DataSection, ModelSection
-from fastlth.recipe.prune import LAST_ROUND, PruneSection
+from fastlth.recipe.prune import LAST_ROUND, WINDOW, PruneSection
 from fastlth.recipe.reading import defaults, section
 from fastlth.recipe.training import STREAMS, EvaluateSection, ScheduleSection, SeedsSection, TrainSection
 
 __all__ = [
-    "FACTS", "LAST_ROUND", "SECTIONS", "STREAMS", "ComputeSection", "DataSection", "EvaluateSection", "ModelSection",
-    "PruneSection", "Recipe", "ScheduleSection", "SeedsSection", "StoreSection", "TrainSection", "exact",
+    "FACTS", "LAST_ROUND", "SECTIONS", "STREAMS", "WINDOW", "ComputeSection", "DataSection", "EvaluateSection",
+    "ModelSection", "PruneSection", "Recipe", "ScheduleSection", "SeedsSection", "StoreSection", "TrainSection",
+    "exact",
 ]  # fmt: skip
 
 
@@ -57,6 +58,10 @@ class Recipe:
         images = self.data.train_images
         check("train.batch_size", self.train.batch_size <= images,
                f"be at most the {images} training images", self.train.batch_size)  # fmt: skip
+        least = (WINDOW + 1) * self.train.iterations_per_epoch(images)
+        check("prune.early_bird", not self.prune.early_bird or last >= least,
+               f"be 0 with {last} iterations, since it needs {WINDOW + 1} epochs to compare masks: {least} iterations "
+               f"of batch size {self.train.batch_size} on {images} training images", self.prune.early_bird)  # fmt: skip
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Section -> field -> plain value, as TOML and JSON hold them (tuples become lists)."""

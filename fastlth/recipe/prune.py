@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from fastlth.catalogue import CRITERIA, MASK_0, MASK_1
+from fastlth.catalogue import CRITERIA, MASK_0, MASK_1, UNTRAINED
 from fastlth.recipe.checks import check, choice, exact
 
+WINDOW = 5  # an early bird compares an epoch's mask with those of so many before
 LAST_ROUND = 254  # pruned_at is one byte: 0 = alive, k = removed in round k, 255 reserved
 
 
@@ -73,6 +74,9 @@ class PruneSection:
         check("prune.rewind_to", self.rewind_to >= 0, "be at least 0", self.rewind_to)
         check("prune.early_bird", 0 <= self.early_bird < 1, "be in [0, 1), a share of the kept weights",
                self.early_bird)  # fmt: skip
+        check("prune.early_bird", not self.early_bird or self.criterion not in UNTRAINED,
+               f"be 0 with criterion {self.criterion}, whose mask stands still from the start since it does not look "
+               "at trained weights", self.early_bird)  # fmt: skip
 
     def _check_zhou(self) -> None:
         both = self.criterion in ("large_init_large_final", "small_init_small_final")

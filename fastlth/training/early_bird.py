@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastlth.masks import Masks
+from fastlth.recipe import WINDOW
 
-WINDOW = 5
 _KEY = "early_bird/masks"
 
 

@@ -346,7 +346,8 @@ def test_what_cannot_be_cut_or_made_again_is_refused(tmp_path):
         with pytest.raises(RecipeError, match="decides itself"):
             branch(found, Control(**options))
     assert not (found / "branches").exists()
-    bird = running.run(recipe_of(prune__early_bird=0.1, prune__rounds=1), out=tmp_path).replicates[0].path
+    recipe = recipe_of(prune__early_bird=0.1, prune__rounds=1, train__batch_size=256)
+    bird = running.run(recipe, out=tmp_path).replicates[0].path
     with pytest.raises(RecipeError, match="early bird"):
         branch(bird, Control(kind="one-shot", density=0.3))
 

@@ -56,8 +56,8 @@ def test_the_same_with_everything_that_theta_k_can_depend_on(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    {"prune__criterion": "magnitude_increase"}, {"prune__mask_1": MASK_1[1]}, {"prune__early_bird": 0.2},
-    {"store__keep_weights": "all"},
+    {"prune__criterion": "magnitude_increase"}, {"prune__mask_1": MASK_1[1]},
+    {"prune__early_bird": 0.2, "train__batch_size": 256}, {"store__keep_weights": "all"},
 ], ids=str)  # fmt: skip
 def test_the_dense_round_is_not_shared_where_it_or_what_follows_depends_on_the_rewind_point(settings, tmp_path):
     asked, events = recipes(**settings), []
@@ -132,6 +132,6 @@ def test_the_command_line(command, monkeypatch, tmp_path):
 
 def test_early_bird_has_a_flag(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, out, err = command(*COMMAND, "--early-bird", "--json")
+    code, out, err = command(*COMMAND, "--early-bird", "-b", 256, "--json")
     assert code == 0, err
     assert fastlth.load_ticket(json.loads(out)["ticket"]).recipe.prune.early_bird == 0.1

@@ -351,7 +351,8 @@ def test_contradictions_are_refused(name):
 
 @pytest.mark.parametrize("changes", [
     {"prune__mask_0": "freeze_init"}, {"prune__mask_1": "signed_constant"}, {"model__dropout": 0.5},
-    {"compute__compile": "on"}, {"prune__criterion": "movement"}, {"prune__rewind_to": 5}, {"prune__early_bird": 0.1},
+    {"compute__compile": "on"}, {"prune__criterion": "movement"}, {"prune__rewind_to": 5},
+    {"prune__early_bird": 0.1, "train__batch_size": 200},
 ])  # fmt: skip
 def test_settings_that_mean_nothing_here_are_refused(tmp_path, changes):
     with pytest.raises(RecipeError, match="supermasks"):

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 import fastlth
+from fastlth.catalogue import UNTRAINED
 from fastlth.composition import compose
 from fastlth.errors import RecipeError
 from fastlth.experiments.retrain import retrain
+from fastlth.experiments.transfer import target
 from fastlth.metrics import TIMING_FIELDS, record
+from fastlth.pruning.criteria import CRITERIA, Inputs
+from fastlth.recipe import WINDOW
 from fastlth.search import InRound, RoundFinished, find_tickets
-from fastlth.training.early_bird import WINDOW, EarlyBird, MaskDrawn
+from fastlth.training.early_bird import EarlyBird, MaskDrawn
 from fastlth.training.trainer import ChunkDone
 from tests.helpers import compute, random_source, small_recipe
 
@@ -92,6 +96,37 @@ def test_it_is_off_by_default_and_moves_no_digest():
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(RecipeError, match=r"prune.early_bird must be in \[0, 1\)"):
             compose("lenet-300-100", "mnist", settings={"prune.early_bird": wrong})
+
+
+def test_criteria_that_do_not_look_at_trained_weights_are_refused():
+    generator = torch.Generator().manual_seed(0)
+    initial, gradient, one, other = torch.randn(4, 50, generator=generator)
+
+    def score(name, final):
+        kept = torch.ones(50, dtype=torch.bool)
+        return CRITERIA[name](Inputs(initial=initial, final=final, kept=kept, gradient=lambda: gradient))
+
+    assert {name for name in CRITERIA if torch.equal(score(name, one), score(name, other))} == set(UNTRAINED)
+    for name in CRITERIA:
+        if name not in UNTRAINED:
+            bird_recipe(prune__criterion=name)
+            continue
+        with pytest.raises(RecipeError, match=f"prune.early_bird must be 0 with criterion {name}, whose mask stands"):
+            bird_recipe(prune__criterion=name)
+
+
+def test_schedules_too_short_to_compare_masks_are_refused():
+    assert bird_recipe(train__iterations=60).train.iterations == 60
+    with pytest.raises(
+        RecipeError,
+        match="must be 0 with 59 iterations, since it needs 6 epochs to compare masks: "
+        "60 iterations of batch size 128 on 1373 training images, got 0.1",
+    ):
+        bird_recipe(train__iterations=59)
+    with pytest.raises(RecipeError, match="must be 0 with 3000 iterations"):
+        compose("lenet-300-100", "mnist", preset="fast", settings={"prune.early_bird": 0.1})
+    short = target(bird_recipe(), "digits", {"train.iterations": 59})  # a transfer has no early bird
+    assert short.prune.early_bird == 0 and target(bird_recipe(), "digits", {}).prune.early_bird == 0.1
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +218,5 @@ def test_a_run_records_it_and_its_ticket_can_be_trained_in_full(tmp_path):
     assert found.rounds[1]["iterations"] == np.mean([r.rounds[1]["iterations"] for r in found.replicates])
     full = retrain(fastlth.load_ticket(found.ticket), round=1)
     assert full["iterations"] == 200 > found.replicates[0].rounds[1]["iterations"]
+    short = retrain(fastlth.load_ticket(found.ticket), round=1, settings={"train.iterations": 20})
+    assert short["iterations"] == 20

@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_is_its_replicates_alone():
 
 def test_who_is_trained_side_by_side():
     assert streams.unsupported(small_recipe("vgg11", "cifar-10")) is None
-    assert "early_bird" in str(streams.unsupported(small_recipe(prune__early_bird=0.1)))
+    assert "early_bird" in str(streams.unsupported(small_recipe(prune__early_bird=0.1, train__batch_size=256)))
     compiled = small_recipe(model__dropout=0.5, compute__compile="on")
     assert "dropout" in str(streams.unsupported(compiled))
     assert "ffcv" in str(streams.unsupported(small_recipe(compute__loader="ffcv")))

@@ -105,8 +105,10 @@ def prune_at_init(
     })  # fmt: skip
     composed = compose(model, dataset, preset=preset, config=config, settings=settings)
 
+    from fastlth.experiments.at_init import check
     from fastlth.running import prepare
 
+    check(composed.recipe, control, trials)
     path = prepare(composed.recipe, out=out, data_dir=data_dir)
     _run(path, control, None, trials, {}, data_dir, json)
 

@@ -477,6 +477,8 @@ CONTRADICTIONS = [
     ({"kind": "random-prune", "density": 1}, "in (0, 1)"),
     ({"kind": "one-shot", "density": 0.0}, "in (0, 1)"),
     ({"kind": "random-prune", "strategy": "evn"}, "did you mean 'even'"),
+    ({"kind": "random-reinit", "sigma": 0.0}, "--sigma goes with noise"),
+    ({"kind": "random-reinit", "images": 0}, "--images goes with prune-at-init"),
     ({"kind": "prune-at-init"}, "prune-at-init needs --method: "),
     ({"kind": "prune-at-init", "method": "erk", "scope": "layer"}, "has none"),
     ({"kind": "prune-at-init", "method": "snip", "scope": "net"}, "unknown scope"),

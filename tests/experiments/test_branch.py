@@ -541,6 +541,19 @@ def test_commands(command, monkeypatch, tmp_path, run):
     assert code == 0, err
 
 
+def test_prune_at_init_refuses_settings_that_it_does_not_look_at(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["prune-at-init", "lenet-300-100", "digits", "--method", "snip", "--density", "0.1", "--trials", "2"]
+    for setting in ("prune.criterion=random", "prune.rounds=3", "prune.to_density=0.1", "prune.rewind_to=5",
+                    "prune.mask_1=signed_constant", "prune.mask_0=freeze_init", "prune.early_bird=0.1",
+                    "prune.scope=global", "store.keep_weights=all"):  # fmt: skip
+        code, out, err = command(*arguments, "--set", setting)
+        refused = f"fastlth: {setting.partition('=')[0]} is for searches"
+        assert (code, out, list(tmp_path.iterdir())) == (2, "", []) and err.startswith(refused), err
+    for more in (["--set", "prune.scale.output=0"], ["--scope", "layer", "--set", "prune.scope=layer"]):
+        assert "draws nothing" in command(*arguments, *more)[2], "the setting is taken, the trials are refused"
+
+
 def test_the_page_names_every_kind_method_and_strategy(command):
     page = (Path(__file__).resolve().parents[2] / "docs" / "branches.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| `")]

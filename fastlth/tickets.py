@@ -48,7 +48,7 @@ class LoadedTicket:
         return self.file.rounds
 
     def mask(self, round: int) -> Masks:
-        """bool tensors of the weights' shapes, True = kept. Raises TicketError for a round that is not there."""
+        """bool tensors of the weights' shapes, True = kept. Raises RecipeError for a round that is not there."""
         return {name: torch.from_numpy(mask) for name, mask in self.file.mask(round).items()}
 
     def rewind(self) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class LoadedTicket:
     def start(self, round: int) -> dict[str, Tensor]:
         """What a round starts with: every parameter and buffer, kept weights as the mask-1 action makes them from
         theta_k, pruned ones as the mask-0 action does (ordinarily theta_k and zero). Round 0 gives theta_k itself, from
-        which a search that rewinds late did not train it. Raises TicketError as ``mask``.
+        which a search that rewinds late did not train it. Raises RecipeError as ``mask``.
         """
         self.mask(round)  # raises for a round that is not there
         fill, pruned_at = copies.tensors(self.file.fill), copies.tensors(self.file.pruned_at)

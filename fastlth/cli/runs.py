@@ -31,7 +31,8 @@ def runs(context: typer.Context, out: Out = Path("runs"), json: Json = False) ->
         rows.append({
             "run": str(run.path), "model": run.model, "dataset": run.dataset, "seed": run.seed,
             "rounds_done": run.rounds_done, "rounds_asked": run.rounds_asked, "winning_round": winner,
-            "bytes": run.bytes, "branches": list(run.branches), "problem": run.problem or None,
+            "bytes": run.bytes, "branches": list(run.branches), "unfinished_branches": list(run.unfinished),
+            "supermasks": list(run.supermasks), "problem": run.problem or None,
         })  # fmt: skip
     if json:
         json_document({"runs": rows})
@@ -77,6 +78,10 @@ def _progress(row: dict[str, Any]) -> str:
         return "damaged"
     if not row["rounds_done"] and row["branches"]:
         return "controls only"
+    if not row["rounds_asked"] and row["supermasks"]:
+        return "supermasks"
+    if not row["rounds_asked"] or (not row["rounds_done"] and row["unfinished_branches"]):
+        return "not finished"
     return f"{row['rounds_done']}/{max(row['rounds_done'], row['rounds_asked'])}"
 
 

@@ -39,9 +39,9 @@ def export(
 ) -> Exported:
     """Write the ticket of one round: the winning one where ``round`` is not given, the last if there is none.
 
-    ``out`` is a file, for ``hf`` a folder. Raises TicketError for a damaged ticket or a round it does not have,
-    RecipeError for an unknown format or a package it lacks, OutputError where ``out`` is taken (``force`` replaces
-    it) or cannot be written; nothing is left behind then.
+    ``out`` is a file, for ``hf`` a folder. Raises TicketError for a damaged ticket, RecipeError for a round it
+    does not have, an unknown format or a package it lacks, OutputError where ``out`` is taken (``force`` replaces it)
+    or cannot be written; nothing is left behind then.
     """
     if format not in FORMATS:
         raise RecipeError(unknown("format", format, FORMATS))

@@ -15,12 +15,23 @@ from fastlth.errors import RecipeError
 from fastlth.experiments.control import Control
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
-from fastlth.models import loaded
+from fastlth.models import loaded, skeleton, weight_names
 from fastlth.pruning import at_init, budget
 from fastlth.recipe import Recipe
 from fastlth.training.engines.make import make_splits
 
 IMAGES_PER_CLASS = 10  # as the programs of GraSP and SynFlow take them
+
+
+def check(recipe: Recipe, control: Control, trials: int | None) -> None:
+    """Raises RecipeError for what a run of ``recipe`` could not be given, before there is one."""
+    control.trials(trials)
+    if control.density is not None:
+        model = skeleton(recipe)
+        shapes = {n: tuple(model.get_parameter(n).shape) for n in weight_names(model)}
+        budget.of_density(_strategy(control), shapes, recipe.prune, control.density)
+    if control.method in ("snip", "grasp"):
+        _count(control, recipe, recipe.data.train_images)
 
 
 def masks_at_init(
@@ -38,14 +49,14 @@ def masks_at_init(
     if method == "magnitude":
         scores = at_init.magnitude(model, bench.prunable)
     else:
-        images, labels = _images(bench, recipe, control.images or IMAGES_PER_CLASS * facts.classes)
+        images, labels = _images(bench, control, recipe)
         scores = {"snip": at_init.snip, "grasp": at_init.grasp}[str(method)](model, bench.prunable, images, labels)
     return budget.keep_highest(scores, shares, numbers=bench.numbers, round=0, key=key)
 
 
 def shares_at_init(bench: Workbench, control: Control, recipe: Recipe, target: float | Masks) -> budget.Budget:
     """How many weights ``control.method`` keeps where. Raises RecipeError for a density that no pruning leaves."""
-    strategy = {"random": "global", "even": "even", "erk": "erk"}.get(str(control.method), control.scope or "global")
+    strategy = _strategy(control)
     if isinstance(target, float):
         return budget.of_density(strategy, bench.shapes, recipe.prune, target)
     if strategy in ("layer", "global"):
@@ -53,12 +64,23 @@ def shares_at_init(bench: Workbench, control: Control, recipe: Recipe, target: f
     return budget.of_total(strategy, bench.prunable, sum(int(m.sum()) for m in target.values()))
 
 
-def _images(bench: Workbench, recipe: Recipe, count: int) -> tuple[Tensor, Tensor]:
+def _strategy(control: Control) -> str:
+    return {"random": "global", "even": "even", "erk": "erk"}.get(str(control.method), control.scope or "global")
+
+
+def _count(control: Control, recipe: Recipe, there: int) -> int:
+    """How many images the scores are taken over. Raises RecipeError for more than are ``there``."""
+    count = control.images or IMAGES_PER_CLASS * recipe.data.facts.classes
+    if count > there:
+        raise RecipeError(f"--images must be at most the {there} training images, got {count}")
+    return count
+
+
+def _images(bench: Workbench, control: Control, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The first training images of the first epoch, normalised, not augmented: floats [N, C, H, W], int64 [N]."""
     images = make_splits(recipe, bench.source)["train"]
-    if count > len(images.labels):
-        raise RecipeError(f"--images must be at most the {len(images.labels)} training images, got {count}")
-    first = epoch_order(len(images.labels), 0, recipe.seeds.key("order"))[:count]
+    there = len(images.labels)
+    first = epoch_order(there, 0, recipe.seeds.key("order"))[: _count(control, recipe, there)]
     pixels = torch.from_numpy(np.asarray(images.pixels[first])).permute(0, 3, 1, 2)
     lookup = table(recipe.data.facts, recipe.data.normalise)
     return normalise(pixels, lookup, torch.float32), torch.from_numpy(images.labels[first])

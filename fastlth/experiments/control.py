@@ -66,7 +66,7 @@ class Control:
         if self.kind not in KINDS:
             raise RecipeError(unknown("kind of branch", self.kind, KINDS))
         for option, kinds in _TAKES.items():
-            if getattr(self, option) not in (None, False) and self.kind not in kinds:
+            if _given(getattr(self, option)) and self.kind not in kinds:
                 raise RecipeError(f"--{option} goes with {', '.join(kinds)}, not with {self.kind}; leave it out")
         if self.strategy not in (None, "layer", "global", "even", "erk"):
             raise RecipeError(unknown("strategy", self.strategy, ("layer", "global", "even", "erk")))
@@ -120,7 +120,7 @@ class Control:
 
     def options(self) -> dict[str, Any]:
         """What was asked for, without what was left out."""
-        return {k: v for k, v in asdict(self).items() if v not in (None, False)}
+        return {k: v for k, v in asdict(self).items() if _given(v)}
 
     def digest(self, recipe_digest: str) -> str:
         """sha256 (hex) over kind, options and the recipe's digest: a new option moves no old digest."""
@@ -128,3 +128,7 @@ class Control:
         asked = {k: v for k, v in self.options().items() if v != defaults.get(k)}
         text = json.dumps({**asked, "recipe": recipe_digest}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _given(value: object) -> bool:
+    return value is not None and value is not False  # 0 is given, and equal to False

@@ -29,7 +29,7 @@ def retrain(
 
     ``round`` is the winning ticket's where not given (the last one's if there is none); ``settings`` change the
     recipe. With none changed, on the same machine and versions, the result is the one of the search, unless an early
-    bird ended the round: it is trained to its last iteration. Raises TicketError for a round that is not there.
+    bird ended the round: it is trained to its last iteration. Raises RecipeError for a round that is not there.
     """
     round = winning_or_last(ticket.rounds) if round is None else round
     masks = ticket.mask(round)

@@ -56,7 +56,7 @@ def transfer(
 
     ``round`` is the winning ticket's where not given, the last one's if there is none. The recipe is the ticket's own
     but for the data set and ``settings``. The same call goes on where it stopped. Raises RecipeError for settings that
-    do not fit the other data, TicketError for a round that is not there, Stopped, DivergedError, RunLockedError.
+    do not fit the other data or a round that is not there, Stopped, DivergedError, RunLockedError.
     """
     round = winning_or_last(ticket.rounds) if round is None else round
     recipe = target(ticket.recipe, dataset, settings or {})

@@ -33,6 +33,7 @@ from fastlth.store.ticket import EncodedTheta, Regenerate, Ticket
 
 RECIPE, TICKET, STATE = "recipe.toml", "search.ticket", "state.safetensors"
 METRICS, LOCK = "metrics.jsonl", "lock"
+SUPERMASKS = "supermask"  # the folder of `fastlth supermask`, beside a search or alone
 _FOLDER = re.compile(r"r(\d+)(?:\.(\d+))?")
 _STATE_FORMAT = {"format": "fastlth state", "schema": "1"}
 

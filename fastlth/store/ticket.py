@@ -60,7 +60,7 @@ class Ticket:
         """Per prunable weight, its shape: True = kept in ``round``.
 
         ``round`` is 0 up to the first unfinished one, whose mask is the last one's until it is pruned.
-        Raises TicketError for others.
+        Raises RecipeError for others.
         """
         self._check(round)
         return {name: (at == 0) | (at > round) for name, at in self.pruned_at.items()}
@@ -71,20 +71,20 @@ class Ticket:
         return {n: np.ones_like(m) for n, m in mask.items()} if self.recipe.prune.trains_pruned else mask
 
     def kept(self, round: int) -> int:
-        """Prunable weights kept in ``round``. Raises TicketError as ``mask`` does."""
+        """Prunable weights kept in ``round``. Raises RecipeError as ``mask`` does."""
         self._check(round)
         counts = removed_per_round(self.pruned_at)
         return int(counts.sum() - counts[1 : round + 1].sum())
 
     def density(self, round: int) -> float:
-        """Kept / all weights of Linear and Conv layers. Raises TicketError as ``mask`` does."""
+        """Kept / all weights of Linear and Conv layers. Raises RecipeError as ``mask`` does."""
         prunable = sum(at.size for at in self.pruned_at.values())
         return (self.all_weights - prunable + self.kept(round)) / self.all_weights
 
     def _check(self, round: int) -> None:
         last = min(len(self.rounds), LAST_ROUND)
         if not 0 <= round <= last:
-            raise TicketError(f"this ticket has no round {round}; choose one of 0 to {last}")
+            raise RecipeError(f"this ticket has no round {round}; choose one of 0 to {last}")
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def test_one_shot_is_one_round_at_the_density_asked_for(run):
     assert [r["kept"] for r in rounds] == [50_200, 5_020]
 
 
+DIGITS_AT_INIT = ["prune-at-init", "lenet-300-100", "digits", "-i", "30", "--set", "compute.threads=1"]
 DIVERGES = ["--set", "train.optimizer=sgd", "--lr", "1e30", *SHORT]
 
 BAD = {
@@ -194,6 +195,16 @@ BAD = {
     "prune-at-init by what": (
         2, ["prune-at-init", "lenet-300-100", "digits", "--method", "snap", "--density", "0.1"], "did you mean 'snip'",
     ),
+    "prune-at-init, no trial": (
+        2, [*DIGITS_AT_INIT, "--method", "erk", "--density", "0.1", "--trials", "0"], "at least 1",
+    ),
+    "prune-at-init, equal trials": (
+        2, [*DIGITS_AT_INIT, "--method", "snip", "--density", "0.1", "--trials", "3"], "draws nothing",
+    ),
+    "prune-at-init, images": (
+        2, [*DIGITS_AT_INIT, "--method", "snip", "--density", "0.1", "--images", "5000"], "at most the 1137 training",
+    ),
+    "prune-at-init, too sparse": (2, [*DIGITS_AT_INIT, "--method", "erk", "--density", "0.00001"], "at least 1.99e-05"),
     "two data folders": (2, ["find-ticket", "vgg19", "cifar-10", "a", "--data-dir", "b"], "give one"),
     "no such device": (2, ["find-ticket", "lenet-300-100", "digits", "--device", "cuda:7"], "cpu"),
     "not a device": (2, ["find-ticket", "lenet-300-100", "digits", "--device", "gpu"], "cuda"),

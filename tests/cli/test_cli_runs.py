@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 import fastlth
+from fastlth import toml
+from fastlth.experiments.supermasks.run import place
 from tests.helpers import small_recipe
 
 
@@ -80,3 +83,23 @@ def test_a_run_with_nothing_but_controls_says_so(command, tmp_path):
     assert listed["rounds_done"] == 0 and listed["branches"] == [folder.rsplit("/", 1)[1]]
     _, _, err = command("runs", "--out", tmp_path)
     assert "controls only" in " ".join(err.split()) and "0/21" not in err
+    for result in Path(folder).glob("round-*/trial-*/result.json"):  # as a stop leaves it
+        result.unlink()
+    [listed] = json.loads(command("runs", "--out", tmp_path, "--json")[1])["runs"]
+    assert listed["branches"] == [] and listed["unfinished_branches"] == [Path(folder).name]
+    words = " ".join(command("runs", "--out", tmp_path)[2].split())
+    assert "not finished" in words and "controls only" not in words
+
+
+def test_supermasks_without_a_search_are_listed(command, tmp_path):
+    recipe = small_recipe(seeds__base=3)
+    folder = place(tmp_path, recipe)
+    folder.mkdir(parents=True)
+    (folder / "recipe.toml").write_text(toml.dumps({**recipe.to_dict(), "resolved": {}}))
+    assert "not finished" in " ".join(command("runs", "--out", tmp_path)[2].split())
+    (folder / "learned.json").write_text("{}")
+    [listed] = json.loads(command("runs", "--out", tmp_path, "--json")[1])["runs"]
+    assert (listed["run"], listed["model"], listed["seed"]) == (str(folder.parent), "lenet-300-100", 3)
+    assert listed["supermasks"] == ["learned"] and listed["rounds_asked"] == 0
+    assert " 3 supermasks - " in " ".join(command("runs", "--out", tmp_path)[2].split())
+    assert command("runs", "clean", "--trained", "--yes", "--out", tmp_path)[0] == 0 and len(files(folder)) == 2

@@ -162,7 +162,7 @@ def test_force_never_replaces_the_ticket_or_another_kind_of_thing(file: Path, tm
 def test_wrong_names_and_rounds(file: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="did you mean 'torch-prune'"):
         export(file, tmp_path / "out", format="torch-prun")
-    with pytest.raises(TicketError, match="no round 9; choose one of 0 to 4"):
+    with pytest.raises(RecipeError, match="no round 9; choose one of 0 to 4"):
         export(file, tmp_path / "out", round=9)
     with pytest.raises(OutputError, match="there is no folder"):
         export(file, tmp_path / "nowhere" / "out")

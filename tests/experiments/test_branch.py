@@ -522,6 +522,8 @@ CONTRADICTIONS = [
     ({"kind": "random-prune", "density": 1}, "in (0, 1)"),
     ({"kind": "one-shot", "density": 0.0}, "in (0, 1)"),
     ({"kind": "random-prune", "strategy": "evn"}, "did you mean 'even'"),
+    ({"kind": "random-reinit", "sigma": 0.0}, "--sigma goes with noise"),
+    ({"kind": "random-reinit", "images": 0}, "--images goes with prune-at-init"),
     ({"kind": "prune-at-init"}, "prune-at-init needs --method: "),
     ({"kind": "prune-at-init", "method": "erk", "scope": "layer"}, "has none"),
     ({"kind": "prune-at-init", "method": "snip", "scope": "net"}, "unknown scope"),
@@ -582,6 +584,19 @@ def test_commands(command, monkeypatch, tmp_path, run):
     assert code == 0 and json.loads(out)["run"] == document["run"]  # the search goes where the baseline lies
     code, _, err = command("branch", document["run"], "prune-at-init", "--method", "synflow", "--round", "1")
     assert code == 0, err
+
+
+def test_prune_at_init_refuses_settings_that_it_does_not_look_at(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["prune-at-init", "lenet-300-100", "digits", "--method", "snip", "--density", "0.1", "--trials", "2"]
+    for setting in ("prune.criterion=random", "prune.rounds=3", "prune.to_density=0.1", "prune.rewind_to=5",
+                    "prune.mask_1=signed_constant", "prune.mask_0=freeze_init", "prune.early_bird=0.1",
+                    "prune.scope=global", "store.keep_weights=all"):  # fmt: skip
+        code, out, err = command(*arguments, "--set", setting)
+        refused = f"fastlth: {setting.partition('=')[0]} is for searches"
+        assert (code, out, list(tmp_path.iterdir())) == (2, "", []) and err.startswith(refused), err
+    for more in (["--set", "prune.scale.output=0"], ["--scope", "layer", "--set", "prune.scope=layer"]):
+        assert "draws nothing" in command(*arguments, *more)[2], "the setting is taken, the trials are refused"
 
 
 def test_the_page_names_every_kind_method_and_strategy(command):

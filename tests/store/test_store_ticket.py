@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from fastlth.errors import TicketError
+from fastlth.errors import RecipeError, TicketError
 from fastlth.recipe import Recipe
 from fastlth.store import container, strict_json
 from fastlth.store.inspect import summary, verify
@@ -116,7 +116,7 @@ def test_masks_and_densities(tmp_path: Path) -> None:
     assert [ticket.density(r) for r in range(3)] == [1.0, 0.9, 0.7]
     for round in (-1, 3, 999):
         for ask in (ticket.mask, ticket.density, ticket.kept):
-            with pytest.raises(TicketError, match=f"no round {round}; choose one of 0 to 2"):
+            with pytest.raises(RecipeError, match=f"no round {round}; choose one of 0 to 2"):
                 ask(round)
 
 

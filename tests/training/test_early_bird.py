@@ -119,8 +119,8 @@ def test_schedules_too_short_to_compare_masks_are_refused():
     assert bird_recipe(train__iterations=60).train.iterations == 60
     with pytest.raises(
         RecipeError,
-        match="must be 0 with 59 iterations, since it needs 6 epochs to compare masks: "
-        "60 iterations of batch size 128 on 1373 training images, got 0.1",
+        match=r"must be 0 with 59 iterations, since it needs 6 epochs to compare masks: "
+        r"60 iterations of batch size 128 on 1373 training images, got 0\.1",
     ):
         bird_recipe(train__iterations=59)
     with pytest.raises(RecipeError, match="must be 0 with 3000 iterations"):

@@ -25,7 +25,7 @@ from fastlth.models import build, state, weight_names
 from fastlth.pruning import layer_rates
 from fastlth.recipe import Recipe
 from fastlth.store import atomic, strict_json
-from fastlth.store.run import parent_folder
+from fastlth.store.run import SUPERMASKS, parent_folder
 from fastlth.training.engines.make import make_engine, make_splits
 from fastlth.training.gradients import gradients
 
@@ -58,7 +58,7 @@ def supermask(
 
 def place(out: str | Path, recipe: Recipe) -> Path:
     """The folder of all supermasks of a recipe and its seed."""
-    return parent_folder(Path(out), recipe) / f"r{recipe.seeds.base}" / "supermask"
+    return parent_folder(Path(out), recipe) / f"r{recipe.seeds.base}" / SUPERMASKS
 
 
 def _one_shot(

@@ -129,8 +129,8 @@ def recomputed(
     recipe: Recipe, state: State, pixels: NDArray[np.uint8], ask: Callable[[], None] = lambda: None
 ) -> dict[str, Tensor]:
     """``state`` with every batch norm's running statistics set to their plain mean over batches of ``pixels``
-    uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32. ``ask`` is
-    called before every batch."""
+    uint8 [N, H, W, C], in order and not augmented. The recipe's batch size, on its device, in float32. A last
+    batch of one image, which has no variance, is left out. ``ask`` is called before every batch."""
     model = loaded(recipe, state)
     compute, device = recipe.compute, torch.device(recipe.compute.device)
     model.to(device).eval()
@@ -144,6 +144,8 @@ def recomputed(
         host.algorithms(device, deterministic=compute.deterministic),
     ):
         for images in torch.split(torch.from_numpy(pixels), recipe.train.batch_size):
+            if len(images) == 1 < len(pixels):
+                continue
             ask()
             model(normalise(images.to(device).permute(0, 3, 1, 2), values))
     return models.state(model)

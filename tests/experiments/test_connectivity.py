@@ -243,6 +243,8 @@ def test_batch_norm_of_one_dimension_is_recomputed_too():
     x = table("digits", "mean-std")[0][torch.from_numpy(pixels.reshape(250, 64)).long()]
     means = torch.stack([part.mean(0) for part in x.split(100)])
     assert torch.allclose(found["1.running_mean"], means.mean(0), atol=1e-5)
+    one_more = recomputed(recipe, state, pixels[:201])["1.running_mean"]  # torch makes no variance of one number
+    assert torch.equal(one_more, recomputed(recipe, state, pixels[:200])["1.running_mean"])
     with_statistics = nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2)
     net = nn.Sequential(nn.Linear(2, 2), *with_statistics, nn.BatchNorm2d(2, track_running_stats=False))
     assert norms(net) == list(with_statistics)

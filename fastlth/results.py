@@ -12,6 +12,7 @@ from typing import Any
 from fastlth.analysis import replicate_overlap
 from fastlth.recipe import Recipe
 from fastlth.search import winning_round
+from fastlth.store import atomic, strict_json
 from fastlth.store import ticket as tickets
 
 
@@ -61,6 +62,13 @@ class Search:
             return []
         overlap = replicate_overlap([tickets.load(r.ticket, masks_only=True) for r in self.replicates])
         return overlap[: len(self.rounds)]
+
+    def save_overlap(self) -> None:
+        """Write ``mask_overlap`` beside the replicates' run folders, a line per round; nothing for one replicate."""
+        if overlap := self.mask_overlap:
+            seeds = [r.seed for r in self.replicates]
+            lines = (strict_json.dumps({"event": "overlap", "seeds": seeds, **line}) + "\n" for line in overlap)
+            atomic.write(self.replicates[0].path.parent / "overlap.jsonl", "".join(lines).encode())
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``find-ticket --json``."""

@@ -78,7 +78,9 @@ def run(
             opened.enter_context(Run.open(Path(out), recipe.replicate(r), fresh=fresh)) for r in range(replicates)
         ]
         searches = _Searches(directories, source, resolved, log, show, stopped, data_dir, team)
-        return Search(recipe, tuple(searches.all()))
+        found = Search(recipe, tuple(searches.all()))
+        found.save_overlap()
+        return found
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastlth import models
 from fastlth.composition import iterations
 from fastlth.data.normalise import normalise, table
-from fastlth.errors import RecipeError, Stopped, TicketError
+from fastlth.errors import RecipeError, Stopped
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
@@ -284,7 +284,7 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
                           "statistics could be recomputed; leave it out")  # fmt: skip
     for round in rounds:
         if not 0 <= round < len(ticket.rounds):
-            raise TicketError(f"this run has no round {round}; choose from 0 to {len(ticket.rounds) - 1}")
+            raise RecipeError(f"this run has no round {round}; choose from 0 to {len(ticket.rounds) - 1}")
 
 
 def _suffix(plan: Plan, k: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,10 @@ def test_replicates_report_means(run):
                     for op in (torch.logical_and, torch.logical_or))  # fmt: skip
     assert document["mask_overlap"][2]["jaccard"] == pytest.approx(both / either)
     assert "masks of the replicates" in err
+    lines = (Path(document["run"]).parent / "overlap.jsonl").read_text().splitlines()
+    assert [json.loads(x) for x in lines] == [
+        {"event": "overlap", "seeds": [5, 6], **found} for found in document["mask_overlap"]
+    ]
     code, out, _ = run("find-ticket", "lenet-300-100", "digits", *SHORT, "--seed", 6, "--json")
     assert json.loads(out)["rounds"] == document["replicates"][1]["rounds"]
 

@@ -314,7 +314,7 @@ def test_contradictions_are_refused(found, name):
 
 
 def test_what_a_run_does_not_have_is_refused(found, tmp_path):
-    with pytest.raises(TicketError, match="no round 7; choose from 0 to 2"):
+    with pytest.raises(RecipeError, match="no round 7; choose from 0 to 2"):
         connectivity(found, Plan(rounds=(7,)))
     with pytest.raises(TicketError, match="not one run"):
         connectivity(tmp_path, Plan())

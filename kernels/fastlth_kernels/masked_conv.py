@@ -29,8 +29,9 @@ from .masked_conv_kernels import result_size
 
 def reference(x: Tensor, w: Tensor, bits: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """y [B, O, P, Q] of images [B, C, H, W], w [O, C, KH, KW], bits int32 [O, KH, KW, ceil(C / 32)] and bias [O]."""
-    own = None if bias is None else bias.to(x.dtype)
-    return _channels_last(F.conv2d(x, _masked(w, bits).to(x.dtype), own, stride, padding))
+    own = None if bias is None else _summed(bias.to(x.dtype))
+    y = F.conv2d(_summed(x), _summed(_masked(w, bits).to(x.dtype)), own, stride, padding)
+    return _channels_last(y.to(x.dtype))
 
 
 def reference_input_grad(
@@ -38,9 +39,9 @@ def reference_input_grad(
 ) -> Tensor:
     """dx [B, C, height, width] of dy [B, O, P, Q]."""
     size = (dy.shape[0], w.shape[1], height, width)
-    masked = _masked(w, bits).to(dy.dtype)
-    dx = conv2d_input(size, masked, dy, stride, padding)  # type: ignore[no-untyped-call]
-    return _channels_last(dx)
+    masked = _summed(_masked(w, bits).to(dy.dtype))
+    dx: Tensor = conv2d_input(size, masked, _summed(dy), stride, padding)  # type: ignore[no-untyped-call]
+    return _channels_last(dx.to(dy.dtype))
 
 
 def reference_weight_grad(dy: Tensor, x: Tensor, w: Tensor, bits: Tensor, stride: int, padding: int) -> Tensor:
@@ -48,6 +49,11 @@ def reference_weight_grad(dy: Tensor, x: Tensor, w: Tensor, bits: Tensor, stride
     images, g = x.to(w.dtype), dy.to(w.dtype)
     dw = conv2d_weight(images, list(w.shape), g, stride, padding)  # type: ignore[no-untyped-call]
     return _channels_last(_masked(dw, bits))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """bf16 as float32 on a CPU: one without bf16 units rounds a convolution's partial sums to bf16, too."""
+    return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
 
 
 def _launched(x: Tensor) -> bool:

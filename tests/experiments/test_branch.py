@@ -414,7 +414,8 @@ def test_what_begins_with_iteration_0_may_be_shorter_than_the_rewind_point(tmp_p
     ):  # fmt: skip
         found = branch(late, control, rounds=[1], trials=1, settings=short)
         assert found.recipe.train.iterations == 10
-        assert lines(found.folder / "round-1" / "trial-0")[-2]["iteration"] == 10
+        evaluated = [x["iteration"] for x in lines(found.folder / "round-1" / "trial-0") if x["event"] == "evaluation"]
+        assert evaluated[-1] == 10
         usual = branch(late, control, rounds=[1], trials=1)  # elsewhere recipe and folder are what they were
         digest = control.digest(load_ticket(late / "search.ticket").recipe.digest)
         assert usual.recipe.prune.rewind_to == 15 and usual.folder.name == f"{control.kind}-{digest[:8]}"

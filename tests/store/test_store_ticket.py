@@ -139,7 +139,7 @@ def test_all_254_rounds_fit(tmp_path: Path) -> None:
     ticket = load(tmp_path / "t")
     assert [ticket.kept(r) for r in range(255)] == list(range(255, 0, -1))
     assert verify(tmp_path / "t") == []
-    with pytest.raises(TicketError, match="0 to 254"):
+    with pytest.raises(RecipeError, match="0 to 254"):
         ticket.mask(255)
 
 

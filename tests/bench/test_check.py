@@ -70,6 +70,15 @@ def test_a_ratio_falls_only_when_its_whole_interval_is_below_the_floor(ratio, lo
     assert not check.judge_ratio(one, {}).passed  # a row without a floor is not forgotten
 
 
+def test_a_cpu_may_have_floors_of_its_own():
+    table = {"counts": {}, "floors": {"a": 2.0, "b": 3.0}, "floors-AVX2": {"b": 1.0}}
+    assert check.floors_here(table, "AVX2") == {"a": 2.0, "b": 1.0}
+    assert check.floors_here(table, "AVX512") == {"a": 2.0, "b": 3.0}
+    file = tomllib.loads(check.EXPECTED.read_text())
+    own = [names for section, names in file.items() if section.startswith("floors-")]
+    assert all(names.keys() <= file["floors"].keys() for names in own)
+
+
 @pytest.mark.slow
 def test_the_file_has_a_floor_for_every_gated_row_and_every_count(monkeypatch):
     table = tomllib.loads(check.EXPECTED.read_text())

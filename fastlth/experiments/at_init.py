@@ -50,7 +50,8 @@ def masks_at_init(
         scores = at_init.magnitude(model, bench.prunable)
     else:
         images, labels = _images(bench, control, recipe)
-        scores = {"snip": at_init.snip, "grasp": at_init.grasp}[str(method)](model, bench.prunable, images, labels)
+        score = at_init.snip if method == "snip" else at_init.grasp
+        scores = score(model, bench.prunable, images, labels, between=bench.ask)
     return budget.keep_highest(scores, shares, numbers=bench.numbers, round=0, key=key)
 
 

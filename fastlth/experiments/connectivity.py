@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastlth import models
 from fastlth.composition import iterations
 from fastlth.data.normalise import normalise, table
-from fastlth.errors import RecipeError, Stopped
+from fastlth.errors import RecipeError
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import Workbench
 from fastlth.masks import Masks
@@ -243,18 +243,14 @@ class _Copies:
         if plan.batch_norm == "recompute":
             pixels = np.asarray(make_splits(recipe, self._bench.source)["train"].pixels)
         for alpha, state in line(first, second, plan.points):
-            self._ask()
+            self._bench.ask()
             if pixels is not None and 0 < alpha < 1:
-                state = recomputed(recipe, state, pixels, self._ask)
+                state = recomputed(recipe, state, pixels, self._bench.ask)
             engine.rewind(state)
             alphas.append(alpha)
             errors["train"].append(1 - engine.evaluate("train", plan.train_images).accuracy)
             errors["test"].append(1 - engine.evaluate("test").accuracy)
         return alphas, errors
-
-    def _ask(self) -> None:
-        if number := self._bench.stopped():
-            raise Stopped("stopped; the trained copies are kept, and the same command goes on", number)
 
 
 def _with_seeds(recipe: Recipe, **seeds: int) -> Recipe:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlth import masks as mask_tools
 from fastlth.data.sources import Source, load_for
-from fastlth.errors import RecipeError, TicketError
+from fastlth.errors import RecipeError, Stopped, TicketError
 from fastlth.experiments.control import Control
 from fastlth.experiments.settled import settled
 from fastlth.experiments.trial import Show, Start, Stop, Trial
@@ -51,6 +51,11 @@ class Workbench:
         self.shapes = {n: tuple(parameters[n].shape) for n in weight_names(model)}
         self.numbers = {n: i for i, n in enumerate(self.shapes)}
         self.prunable = {n: self.shapes[n] for n in layer_rates(self.shapes, self.recipe.prune)}
+
+    def ask(self) -> None:
+        """Between the parts of what has no state to save. Raises Stopped."""
+        if number := self.stopped():
+            raise Stopped("stopped; what was trained is kept, and the same command goes on", number)
 
     def finished(self) -> LoadedTicket:
         """The search's tickets. Raises TicketError before its first round is done."""

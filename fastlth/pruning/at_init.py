@@ -7,7 +7,7 @@ forward pass and has no score.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,11 @@ Scores = dict[str, Tensor]
 
 GRASP_TEMPERATURE = 200.0  # the authors' program divides the logits by it; their paper does not name it
 SYNFLOW_STEPS = 100
+PART = 100  # images in one graph: GraSP's second derivatives in float64 take much memory
+
+
+def _nothing() -> None:
+    pass
 
 
 def magnitude(model: nn.Module, names: Iterable[str]) -> Scores:
@@ -30,30 +35,64 @@ def magnitude(model: nn.Module, names: Iterable[str]) -> Scores:
     return {n: parameters[n].detach().abs() for n in names}
 
 
-def snip(model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor) -> Scores:
+def snip(
+    model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor, *, between: Callable[[], None] = _nothing
+) -> Scores:
     """|w dL/dw|, how much the loss reacts to removing a weight (Lee et al. 2019, equation 6).
 
-    images: normalised floats [N, C, H, W]; labels: int64 [N].
+    images: normalised floats [N, C, H, W]; labels: int64 [N]. Batch norm sees ``PART`` images at a time. ``between`` is
+    called after each part and may raise.
     """
     net, weights = _double(model, names)
-    loss = F.cross_entropy(net(images.double()), labels)
-    slopes = torch.autograd.grad(loss, list(weights.values()))
-    return {n: (w * g).abs().detach() for (n, w), g in zip(weights.items(), slopes, strict=True)}
+    slopes = _slopes(net, weights, _parts(images, labels), 1.0, between)
+    return {n: (w * slopes[n]).abs().detach() for n, w in weights.items()}
 
 
 def grasp(
-    model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor, temperature: float = GRASP_TEMPERATURE
-) -> Scores:
+    model: nn.Module, names: Iterable[str], images: Tensor, labels: Tensor, temperature: float = GRASP_TEMPERATURE,
+    *, between: Callable[[], None] = _nothing,
+) -> Scores:  # fmt: skip
     """w (H g): weights go whose removal hurts the flow of gradients least (Wang et al. 2020, equation 8).
 
-    The paper's score is -w (H g), and its highest go. H and g are of the loss with logits / ``temperature``.
+    The paper's score is -w (H g), and its highest go. H and g are of the loss with logits / ``temperature``. All else
+    as in ``snip``.
     """
     net, weights = _double(model, names)
-    loss = F.cross_entropy(net(images.double()) / temperature, labels)
-    slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-    product = sum(((g.detach() * g).sum() for g in slopes), start=torch.zeros((), dtype=torch.float64))
-    curved = torch.autograd.grad(product, list(weights.values()))
-    return {n: (w * h).detach() for (n, w), h in zip(weights.items(), curved, strict=True)}
+    parts = _parts(images, labels)
+    slopes = _slopes(net, weights, parts, temperature, between)
+    curved = {n: torch.zeros_like(w) for n, w in weights.items()}
+    for part in parts:  # H g is the sum over the parts' H, each times the whole g
+        loss = _loss(net, *part, temperature, len(labels))
+        bent = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        product = torch.stack([(slopes[n] * g).sum() for n, g in zip(weights, bent, strict=True)]).sum()
+        for total, g in zip(curved.values(), torch.autograd.grad(product, list(weights.values())), strict=True):
+            total += g
+        between()
+    return {n: (w * curved[n]).detach() for n, w in weights.items()}
+
+
+def _parts(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(torch.split(images, PART), torch.split(labels, PART), strict=True))
+
+
+def _loss(net: nn.Module, images: Tensor, labels: Tensor, temperature: float, count: int) -> Tensor:
+    """These images' share of the mean cross-entropy over ``count`` of them."""
+    return F.cross_entropy(net(images.double()) / temperature, labels, reduction="sum") / count
+
+
+def _slopes(
+    net: nn.Module, weights: dict[str, Tensor], parts: list[tuple[Tensor, Tensor]], temperature: float,
+    between: Callable[[], None],
+) -> Scores:  # fmt: skip
+    """dL/dw of the mean over all parts' images."""
+    total = {n: torch.zeros_like(w) for n, w in weights.items()}
+    count = sum(len(labels) for _, labels in parts)
+    for part in parts:
+        slopes = torch.autograd.grad(_loss(net, *part, temperature, count), list(weights.values()))
+        for name, slope in zip(weights, slopes, strict=True):
+            total[name] += slope
+        between()
+    return total
 
 
 def synflow(

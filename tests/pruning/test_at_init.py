@@ -113,6 +113,46 @@ def test_grasp_removes_what_its_paper_removes():
     assert float(paper[removed].min()) > float(paper[~removed].max())
 
 
+@pytest.mark.parametrize("score", [at_init.snip, at_init.grasp])
+def test_images_in_parts_are_the_images_at_once(score, monkeypatch):
+    images, labels = batch()
+    whole = score(tiny(), NAMES, images, labels)
+    monkeypatch.setattr(at_init, "PART", 3)
+    calls = []
+    parts = score(tiny(), NAMES, images, labels, between=lambda: calls.append(0))
+    assert len(calls) == (3 if score is at_init.snip else 6)
+    for name in NAMES:
+        assert float(whole[name].abs().min()) > 0
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-10, atol=1e-16)
+
+
+@pytest.mark.parametrize("score", [at_init.snip, at_init.grasp])
+def test_batch_norm_sees_one_part_at_a_time(score, monkeypatch):
+    images, labels = batch((1, 4, 4))
+    monkeypatch.setattr(at_init, "PART", 4)
+    more = {} if score is at_init.snip else {"temperature": 1.0}
+    scores = score(tiny(norm=True), ["0.weight"], images, labels, **more)["0.weight"]
+    exact = tiny(norm=True).double().train()
+    weight = exact[0].weight
+
+    def loss():
+        first, second = (exact(images[a:b].double()) for a, b in ((0, 4), (4, 7)))
+        return F.cross_entropy(torch.cat([first, second]), labels)
+
+    def value():
+        return float(loss().detach())
+
+    def squared():
+        return float(torch.autograd.grad(loss(), [weight])[0].square().sum())
+
+    for i, w in enumerate(weight.detach().clone().view(-1).tolist()):
+        if score is at_init.snip:
+            expected = abs(w * derivative(exact, "0.weight", i, value))
+        else:
+            expected = w * derivative(exact, "0.weight", i, squared) / 2
+        assert float(scores.view(-1)[i]) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
 def synflow_by_hand(first, second, kept, steps):
     """Two linear layers, all in numpy: the score of an edge is the sum of the products over the paths through it."""
     a, b = np.abs(first).astype(float), np.abs(second).astype(float)

@@ -85,8 +85,8 @@ def transfer_digest(search: Recipe, recipe: Recipe, random_ticket: bool) -> str:
 
 def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     """``recipe`` on another data set, with ``settings``. Another ``train.optimizer`` brings what ``OPTIMIZERS`` says of
-    it where ``settings`` do not. The hold-out of the same data set stays. The rewind point only names the folder here,
-    and so does an early bird: where the schedule is too short for them, they are left out."""
+    it where ``settings`` do not. The hold-out of the same data set stays. Rewind point and early bird made the ticket
+    and have no part in its training, which begins at iteration 0 and runs to the end."""
     _check_given(settings)
     if not recipe.prune.rewinds:
         raise RecipeError(f"transfer needs a ticket of rewind values and zeros; this one was found with mask_1 "
@@ -99,13 +99,9 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
         changes["seeds.split"] = recipe.seeds.key("split")[0]
     optimizer = settings.get("train.optimizer", recipe.train.optimizer)
     if optimizer != recipe.train.optimizer:
-        changes |= OPTIMIZERS.get(optimizer, {})
-    bare = dataclasses.replace(recipe, prune=dataclasses.replace(recipe.prune, rewind_to=0, early_bird=0.0))
-    found = adjust(bare, {**changes, **settings})
-    try:
-        return dataclasses.replace(found, prune=recipe.prune)
-    except RecipeError:
-        return found
+        changes |= OPTIMIZERS.get(str(optimizer), {})
+    prune = dataclasses.replace(recipe.prune, rewind_to=0, early_bird=0.0)
+    return adjust(dataclasses.replace(recipe, prune=prune), {**changes, **settings})
 
 
 def _check_given(settings: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -140,8 +141,9 @@ def test_shuffling_is_a_permutation_of_all_masks_together():
 def test_the_target_recipe_is_the_tickets_but_for_the_data(ticket):
     own = ticket.recipe
     other = target(own, "mnist", {})
-    for section in ("model", "train", "schedule", "evaluate", "prune"):
+    for section in ("model", "train", "schedule", "evaluate"):
         assert getattr(other, section) == getattr(own, section)
+    assert other.prune == dataclasses.replace(own.prune, rewind_to=0)
     assert other.data.name == "mnist" and other.data.validation == 5000
     same = target(own, "digits", {"seeds.base": 4})
     assert same.data == own.data and same.seeds.key("split") == own.seeds.key("split")  # its hold-out stays held out
@@ -211,6 +213,8 @@ def test_what_does_not_fit_is_refused(ticket, folders, tmp_path):
         transfer(ticket, "stl-10")
     with pytest.raises(RecipeError, match=r"unknown train\.optimizer 'rmsprop'"):
         transfer(ticket, "digits", settings={"train.optimizer": "rmsprop"})
+    with pytest.raises(RecipeError, match=r"train\.optimizer must be"):
+        transfer(ticket, "digits", settings={"train.optimizer": ["sgd"]})
     with pytest.raises(RecipeError, match="no round 9"):
         transfer(ticket, "digits", round=9)
     with pytest.raises(RecipeError, match=r"train\.batch_size must be at most the 1137"):
@@ -240,8 +244,12 @@ def test_dropout_and_what_is_not_the_tickets_may_change(ticket):
 
 
 def test_a_schedule_that_ends_before_the_rewind_point(ticket):
-    """It is trained from iteration 0 all the same; where the rewind point fits, the folder keeps its name."""
-    assert target(ticket.recipe, "digits", {"train.iterations": 5}).prune.rewind_to == 0
-    assert target(ticket.recipe, "digits", {"train.iterations": 6}).prune == ticket.recipe.prune
+    """It is trained from iteration 0 to the end, whatever made the ticket."""
+    made = dataclasses.replace(ticket.recipe.prune, early_bird=0.1)
+    train = dataclasses.replace(ticket.recipe.train, iterations=10_000)
+    recipe = dataclasses.replace(ticket.recipe, train=train, prune=made)
+    for iterations in (5, 6):
+        found = target(recipe, "digits", {"train.iterations": iterations}).prune
+        assert found == dataclasses.replace(made, rewind_to=0, early_bird=0.0)
     (result,) = transfer(ticket, "digits", round=1, settings={"train.iterations": 5})["rounds"]
     assert result["kept"] == ticket.rounds[1]["kept"]

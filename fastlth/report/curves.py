@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from fastlth.report import published
+from fastlth.report.controls import Result
 from fastlth.report.figure import Axis, Curves, Look, Panel, Point, Series, summarise
-from fastlth.report.subject import Result, Subject
+from fastlth.report.subject import Subject
 
 MANY_TICKS = 9
 CHOSEN = 5  # rounds whose training is drawn where none are asked for
@@ -65,14 +66,14 @@ def against_density(
     stars: list[Series] = []
     for i, s in enumerate(subjects):
         tickets = _points((s.results(k) for k in range(s.rounds)), field)
-        if not tickets:
-            continue
-        series.append(Series("tickets" if alone else s.label, tickets, Look(colour=i, marker=i)))
-        for j, (kind, draws) in enumerate(_branches(s).items(), start=1):
-            look = Look(colour=j, dash=j, marker=j) if alone else Look(colour=i, dash=j, marker=i + j)
-            label = kind.replace("-", " ")
-            series.append(Series(label if alone else f"{s.label}, {label}", _points(draws, field), look))
-        if reference:
+        if tickets:
+            series.append(Series("tickets" if alone else s.label, tickets, Look(colour=i, marker=i)))
+        for j, (control, draws) in enumerate(s.controls().items(), start=1):
+            if points := _points(draws, field):
+                look = Look(colour=j, dash=j, marker=j) if alone else Look(colour=i, dash=j, marker=i + j)
+                label = control.replace("-", " ")
+                series.append(Series(label if alone else f"{s.label}, {label}", points, look))
+        if reference and tickets:
             series.append(_dense(s, tickets, i, alone))
             rings += _ring(s, field, i, first=not rings)
             if s.title not in {t.title for t in subjects[:i]}:
@@ -86,16 +87,6 @@ def _points(rounds: Iterable[Sequence[Result]], field: str) -> tuple[Point, ...]
     """A point for each round in which the field was measured."""
     made = (summarise(results[0]["density"], [r.get(field) for r in results]) for results in rounds if results)
     return tuple(point for point in made if point is not None)
-
-
-def _branches(subject: Subject) -> dict[str, list[list[Result]]]:
-    """Kind -> per round the results of all replicates and draws."""
-    kinds: dict[str, dict[int, list[Result]]] = {}
-    for replicate in subject.replicates:
-        for kind, results in replicate.branches.items():
-            for result in results:
-                kinds.setdefault(kind, {}).setdefault(result["round"], []).append(result)
-    return {kind: [rounds[k] for k in sorted(rounds)] for kind, rounds in sorted(kinds.items())}
 
 
 def _dense(subject: Subject, tickets: tuple[Point, ...], colour: int, alone: bool) -> Series:

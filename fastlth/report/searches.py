@@ -7,11 +7,13 @@ from statistics import fmean
 from typing import Any
 
 from fastlth.report import curves, layers, provenance, published
+from fastlth.report.controls import Result
 from fastlth.report.document import Code, Document, Item, Section, Table
 from fastlth.report.subject import Subject
 from fastlth.search import over
 
 NONE = "-"  # not measured, as in an imported ticket
+HEADER = ("density", "kept", "early stop", "test acc. there", "test acc. at end", "train acc.", "seconds", "images/s")
 
 
 def document(subjects: Sequence[Subject], command: str, rounds: Sequence[int] | None = None) -> Document:
@@ -31,6 +33,8 @@ def document(subjects: Sequence[Subject], command: str, rounds: Sequence[int] | 
             Section("Rounds", tuple(_rounds(s, alone=len(subjects) == 1) for s in subjects),
                     "Means over replicates where there are several. Tickets are chosen on validation images and "
                     "reported on test images."),
+            Section("Controls", tuple(_controls(s, alone=len(subjects) == 1) for s in subjects if s.controls()),
+                    "Means over draws and replicates."),
             Section("Published values", tuple(_published(subjects)),
                     "Stated in the papers, for their budgets and their own dense nets."),
             Section("Recipe", tuple(_recipe(s, alone=len(subjects) == 1) for s in subjects)),
@@ -49,6 +53,8 @@ def _sentence(subject: Subject, alone: bool) -> str:
     count = len(subject.replicates)
     runs = "one run" if count == 1 else f"{count} replicates"
     asked = subject.recipe.prune.rounds
+    if not subject.rounds and subject.controls():
+        return f"{name}Controls only ({'; '.join(subject.controls())}); no round of a search is finished ({runs})."
     if not subject.rounds:
         return f"{name}No round is finished yet ({runs}, {asked + 1} rounds asked for)."
     seeds = "seed" if count == 1 else "seeds"
@@ -71,20 +77,28 @@ def _sentence(subject: Subject, alone: bool) -> str:
 
 
 def _rounds(subject: Subject, alone: bool) -> Table:
-    header = ("round", "density", "kept", "early stop", "test acc. there", "test acc. at end", "train acc.", "seconds",
-              "images/s", "engine")  # fmt: skip
     rows = []
     for k in range(subject.rounds):
         results = subject.results(k)
         engines = dict.fromkeys(r.get("engine") or NONE for r in results)
-        rows.append((
-            str(k), f"{results[0]['density']:.2%}", f"{results[0]['kept']:,}",
-            *(_text(_mean(subject.values(k, field)), form) for field, form in (
-                ("early_stop_iteration", ",.0f"), ("early_stop_test_accuracy", ".2%"), ("test_accuracy", ".2%"),
-                ("train_accuracy", ".2%"), ("seconds", ",.1f"), ("images_per_second", ",.0f"))),
-            ", ".join(engines),
-        ))  # fmt: skip
-    return Table("" if alone else subject.label, header, tuple(rows), marked=subject.winner)
+        rows.append((str(k), *_numbers(results), ", ".join(engines)))
+    return Table("" if alone else subject.label, ("round", *HEADER, "engine"), tuple(rows), marked=subject.winner)
+
+
+def _controls(subject: Subject, alone: bool) -> Table:
+    rows = tuple((name, str(len(results)), *_numbers(results))
+                 for name, draws in subject.controls().items() for results in draws)  # fmt: skip
+    return Table("" if alone else subject.label, ("control", "trainings", *HEADER), rows)
+
+
+def _numbers(results: Sequence[Result]) -> tuple[str, ...]:
+    """What ``HEADER`` names."""
+    return (
+        f"{results[0]['density']:.2%}", _text(results[0].get("kept"), ","),
+        *(_text(_mean(r.get(field) for r in results), form) for field, form in (
+            ("early_stop_iteration", ",.0f"), ("early_stop_test_accuracy", ".2%"), ("test_accuracy", ".2%"),
+            ("train_accuracy", ".2%"), ("seconds", ",.1f"), ("images_per_second", ",.0f"))),
+    )  # fmt: skip
 
 
 def _published(subjects: Sequence[Subject]) -> Iterable[Item]:

@@ -6,7 +6,6 @@ Nothing is locked and nothing is written, so a search that is still going on can
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastlth.errors import FastlthError, TicketError
+from fastlth.errors import TicketError
 from fastlth.models import skeleton
 from fastlth.recipe import Recipe
+from fastlth.report import controls
+from fastlth.report.controls import Result
 from fastlth.search import winning_round
 from fastlth.store import ticket as tickets
-from fastlth.store.run import METRICS, RECIPE, TICKET, entries, read_recipe, run_folders
-
-MOST_TOLD = 3  # settings in a label
-
-Result = Mapping[str, Any]
-"""of a round, in the form of ``find-ticket --json``; what an imported ticket does not know is None"""
+from fastlth.store.run import METRICS, RECIPE, TICKET, read_recipe, run_folders
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +36,7 @@ class Replicate:
     evaluations: tuple[Mapping[str, Any], ...]
     """lines of metrics.jsonl"""
     branches: Mapping[str, tuple[Result, ...]]
-    """control runs by kind: a result per round and draw"""
+    """control runs by name: a result per round or density, and draw"""
     resolved: Mapping[str, Any]
 
 
@@ -70,6 +66,17 @@ class Subject:
     def results(self, round: int) -> list[Result]:
         """The round's result of each replicate that has finished it."""
         return [r.rounds[round] for r in self.replicates if round < len(r.rounds)]
+
+    def controls(self) -> dict[str, list[list[Result]]]:
+        """Name of a control -> per round, or per density that was asked for, the results of all replicates and draws;
+        the densest first."""
+        found: dict[str, dict[tuple[int, float | None], list[Result]]] = {}
+        for replicate in self.replicates:
+            for name, results in replicate.branches.items():
+                for r in results:
+                    found.setdefault(name, {}).setdefault((r["round"], r[controls.ASKED]), []).append(r)
+        return {name: sorted(draws.values(), key=lambda same: -same[0]["density"])
+                for name, draws in sorted(found.items())}  # fmt: skip
 
     def values(self, round: int, field: str) -> list[float | None]:
         """One field of a round's result, per replicate."""
@@ -109,7 +116,7 @@ def _from_ticket(path: Path) -> tuple[Recipe, Replicate]:
         seed=ticket.recipe.seeds.base, path=path, rounds=ticket.rounds,
         pruned_at=_in_order(ticket.recipe, ticket.pruned_at), resolved=ticket.resolved,
         evaluations=tuple(evaluations(folder / METRICS)) if beside else (),
-        branches=_branches(folder, ticket.recipe) if beside else {},
+        branches=controls.read(folder, ticket.recipe) if beside else {},
     )  # fmt: skip
 
 
@@ -119,7 +126,7 @@ def _from_folder(folder: Path) -> tuple[Recipe, Replicate]:
     return recipe, Replicate(
         seed=recipe.seeds.base, path=folder, rounds=ticket.rounds if ticket else (),
         pruned_at=_in_order(recipe, ticket.pruned_at) if ticket else {}, resolved=resolved,
-        evaluations=tuple(evaluations(folder / METRICS)), branches=_branches(folder, recipe),
+        evaluations=tuple(evaluations(folder / METRICS)), branches=controls.read(folder, recipe),
     )  # fmt: skip
 
 
@@ -153,62 +160,6 @@ def _in_order(recipe: Recipe, pruned_at: Mapping[str, NDArray[np.uint8]]) -> dic
     return dict(sorted(pruned_at.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _branches(folder: Path, recipe: Recipe) -> dict[str, tuple[Result, ...]]:
-    """branches/<kind>-<digest8>/round-<k>/: every JSON file there is asked for results of that round.
-
-    Left out is what is not to be compared with the tickets: nets trained on other data, and the dense net, which some
-    controls train again to begin with.
-    """
-    found: dict[str, list[Result]] = {}
-    folders = [f for f in entries(folder / "branches") if f.is_dir() and _kind(f.name) != "dense"]
-    recipes = {f: _recipe_of(f) or recipe for f in folders}
-    folders = [f for f in folders if recipes[f].data.name == recipe.data.name]
-    names = [", ".join([_kind(f.name), *_changed(recipes[f], recipe)]) for f in folders]
-    for branch, label in zip(folders, names, strict=True):
-        name = label if names.count(label) == 1 else branch.name  # the same kind with other options
-        for place in entries(branch):
-            if match := re.fullmatch(r"round-(\d+)", place.name):
-                for file in sorted(place.rglob("*.json")):
-                    found.setdefault(name, []).extend(_results(file, int(match[1])))
-    return {name: tuple(results) for name, results in found.items() if results}
-
-
-def _recipe_of(branch: Path) -> Recipe | None:
-    try:
-        return read_recipe(branch / RECIPE)[0]
-    except FastlthError:
-        return None
-
-
-def _changed(recipe: Recipe, before: Recipe) -> list[str]:
-    """Settings of the training in which two recipes differ, such as "lr 0.01"."""
-    new, old = recipe.to_dict(), before.to_dict()
-    told = [f"{key.replace('_', ' ')} {value}" for section in ("model", "train", "schedule")
-            for key, value in new[section].items() if old[section].get(key) != value]  # fmt: skip
-    return told[:MOST_TOLD]
-
-
-def _kind(folder: str) -> str:
-    return re.sub(r"-[0-9a-f]{8}$", "", folder)
-
-
-def _results(file: Path, round: int) -> Iterator[Result]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # half-written by a branch still running
-    candidates = [document]
-    while candidates:
-        one = candidates.pop(0)
-        if isinstance(one, dict) and {"density", "early_stop_test_accuracy"} <= one.keys():
-            if one.get("round", round) == round:
-                yield {**one, "round": round}
-        elif isinstance(one, dict):
-            candidates.extend(v for k, v in one.items() if k in ("result", "rounds", "results", "replicates"))
-        elif isinstance(one, list):
-            candidates.extend(one)
-
-
 def _labels(subjects: Sequence[Subject], paths: Sequence[Path]) -> list[str]:
     """Short names that differ: the pair, then the settings in which recipes of that pair differ, then the paths."""
     if len(subjects) == 1:
@@ -218,7 +169,7 @@ def _labels(subjects: Sequence[Subject], paths: Sequence[Path]) -> list[str]:
     for s in subjects:
         rivals = [_flat(o) for o in subjects if o.title == s.title]
         told = [f"{key} {value}" for key, value in _flat(s).items() if any(o.get(key) != value for o in rivals)]
-        labels.append(", ".join([*([] if same_pair and told else [s.title]), *told[:MOST_TOLD]]))
+        labels.append(", ".join([*([] if same_pair and told else [s.title]), *told[: controls.MOST_TOLD]]))
     names = _tails(paths)
     return [label if labels.count(label) == 1 else name for label, name in zip(labels, names, strict=True)]
 

@@ -13,7 +13,7 @@ import fastlth
 from fastlth import toml
 from fastlth.composition import compose, parse_setting
 from fastlth.errors import TicketError
-from fastlth.report import provenance, published, searches, subject
+from fastlth.report import controls, provenance, published, searches, subject
 from fastlth.report.page import render
 from fastlth.report.write import write
 from fastlth.store import ticket as tickets
@@ -117,7 +117,7 @@ def test_branches_are_read_leniently(wrap, searched, tmp_path):
     (place / "half.json").write_text('{"density": 0.')
     (place / "other.json").write_text('{"density": 0.5, "curve": [1, 2]}')
     (tmp_path / "branches" / "lock").write_text("")
-    found = subject._branches(tmp_path, searched.search.recipe)
+    found = controls.read(tmp_path, searched.search.recipe)
     assert set(found) == {"random-prune"}
     assert all(r["kept"] == result["kept"] and r["round"] == 2 for r in found["random-prune"])
 
@@ -127,7 +127,7 @@ def test_two_branches_of_one_kind_keep_their_digests(searched, tmp_path):
         place = tmp_path / "branches" / f"lr-rewind-{digest}" / "round-1"
         place.mkdir(parents=True)
         (place / "result.json").write_text(json.dumps(searched.search.replicates[0].rounds[1]))
-    assert set(subject._branches(tmp_path, searched.search.recipe)) == {"lr-rewind-0123abcd", "lr-rewind-4567abcd"}
+    assert set(controls.read(tmp_path, searched.search.recipe)) == {"lr-rewind-0123abcd", "lr-rewind-4567abcd"}
 
 
 def test_branches_are_told_apart_by_what_differs_and_other_data_are_left_out(searched, tmp_path):
@@ -142,7 +142,43 @@ def test_branches_are_told_apart_by_what_differs_and_other_data_are_left_out(sea
         place.mkdir(parents=True)
         (place / "result.json").write_text(json.dumps(searched.search.replicates[0].rounds[1]))
         (place.parent / "recipe.toml").write_text(toml.dumps({**theirs.to_dict(), "resolved": {}}))
-    assert set(subject._branches(tmp_path, recipe)) == {"random-reinit", "random-reinit, lr 0.01"}
+    assert set(controls.read(tmp_path, recipe)) == {"random-reinit", "random-reinit, lr 0.01"}
+
+
+def test_controls_are_named_by_their_options_and_densities_are_points_of_one(searched, tmp_path):
+    asked = {
+        "prune-at-init-01234567": {"kind": "prune-at-init", "method": "snip", "density": 0.1},
+        "prune-at-init-12345678": {"kind": "prune-at-init", "method": "snip", "density": 0.05},
+        "prune-at-init-23456789": {"kind": "prune-at-init", "method": "snip", "scope": "layer", "density": 0.1},
+        "finetune-01234567": {"kind": "finetune"}, "finetune-12345678": {"kind": "finetune", "density": 0.1},
+        "one-shot-01234567": {"kind": "one-shot"}, "one-shot-12345678": {"kind": "one-shot", "density": 0.1},
+        "random-prune-01234567": {"kind": "random-prune", "strategy": "erk", "reinit": True},
+        "random-prune-12345678": {"kind": "random-prune", "strategy": "of another time"},
+    }  # fmt: skip
+    folder = tmp_path / "r0"
+    shutil.copytree(searched.search.replicates[0].path, folder, ignore=shutil.ignore_patterns("branches", "*.ticket"))
+    one = searched.search.replicates[0].rounds[1]
+    for name, options in asked.items():
+        place = folder / "branches" / name / "round-1" / "trial-0"
+        place.mkdir(parents=True)
+        (place / "result.json").write_text(json.dumps({**one, "density": options.get("density", one["density"])}))
+        (place.parents[1] / "branch.toml").write_text(toml.dumps({"branch": options}))
+    subjects = subject.read([folder])
+    found = {n: [[r["density"] for r in same] for same in d] for n, d in subjects[0].controls().items()}
+    assert found == {
+        "finetune": [[one["density"]]], "finetune, in one step": [[0.1]], "one-shot": [[one["density"]], [0.1]],
+        "prune-at-init, snip": [[0.1], [0.05]], "prune-at-init, snip, scope layer": [[0.1]],
+        "random-prune": [[one["density"]]], "random-prune, strategy erk, reinit": [[one["density"]]],
+    }  # fmt: skip
+
+    document = searches.document(subjects, "fastlth report r0")  # no round of the search is there
+    assert document.lead[0].startswith("Controls only (finetune; finetune, in one step; one-shot; prune-at-init")
+    write(document, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    for line in ("| prune-at-init, snip | 1 | 10.00% |", "| prune-at-init, snip | 1 | 5.00% |"):
+        assert line in text
+    points = (tmp_path / "report" / "accuracy-early-stop.csv").read_text()
+    assert points.count('"prune at init, snip"') == 2
 
 
 def test_a_search_under_way_says_how_far_it_is(searched, tmp_path):

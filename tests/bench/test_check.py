@@ -143,7 +143,7 @@ def test_masks_of_a_round_have_its_counts_and_are_obeyed_by_all():
     masks, density = masks_of_round(recipe, 2)
     assert [int(m.sum()) for m in masks.values()] == [12_288, 19_200, 810]
     assert density == pytest.approx(32_298 / 50_200)
-    source = random_source("digits", images=400)
+    source = random_source("digits", images=recipe.data.validation + 100)
     ours, eager, plain = Ours(recipe, source), Eager(recipe, source.train, masks), Plain(recipe, source.train, masks)
     ours.prune(masks)
     for way in (ours, eager, plain):

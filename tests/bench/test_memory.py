@@ -63,7 +63,7 @@ def weights_of(steps):
 def test_every_path_of_a_step_alone_trains_the_kept_weights(path):
     recipe = small()
     masks, _ = masks_of_round(recipe, 2)
-    steps = step.work(recipe, random_source("digits", images=400), path, masks)
+    steps = step.work(recipe, random_source("digits", images=recipe.data.validation + 100), path, masks)
     before = weights_of(steps)
     steps(2)
     after = weights_of(steps)

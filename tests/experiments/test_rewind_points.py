@@ -117,7 +117,7 @@ def test_the_command_line(command, monkeypatch, tmp_path):
     code, out, err = command(*COMMAND, "--rewind-to", "0, 5it,0.5ep", "--json")
     assert code == 0, err
     document = json.loads(out)
-    half = small_recipe(data__validation=300).train.iterations_per_epoch(1137) / 2
+    half = small_recipe(data__validation=600).train.iterations_per_epoch(837) / 2
     assert [x["rewind_to"] for x in document["rewind_points"]] == [0, 5, round(half)]
     assert "rewind points" in err and err.count("rewinding to iteration") == 2
     for found in document["rewind_points"]:

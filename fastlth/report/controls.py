@@ -34,15 +34,17 @@ def read(folder: Path, recipe: Recipe) -> dict[str, tuple[Result, ...]]:
     folders = [f for f in folders if recipes[f].data.name == recipe.data.name]
     controls = {f: _control(f) for f in folders}
     names = [", ".join([_name(controls[f], _kind(f.name)), *_changed(recipes[f], recipe)]) for f in folders]
-    for branch, label in zip(folders, names, strict=True):
-        control = controls[branch]
-        # where nothing says what was asked for, two of a kind may differ in anything
-        name = label if control or names.count(label) == 1 else branch.name
+    asked = [control.density if control else None for control in controls.values()]
+    points = list(zip(names, asked, strict=True))
+    for branch, point in zip(folders, points, strict=True):
+        name, density = point
+        if points.count(point) > 1:  # they differ in something that no label tells, so they are no draws of one
+            name = branch.name
         for place in entries(branch):
             if match := re.fullmatch(r"round-(\d+)", place.name):
                 for file in sorted(place.rglob("*.json")):
                     results = _results(file, int(match[1]))
-                    found.setdefault(name, []).extend({**r, ASKED: control and control.density} for r in results)
+                    found.setdefault(name, []).extend({**r, ASKED: density} for r in results)
     return {name: tuple(results) for name, results in found.items() if results}
 
 

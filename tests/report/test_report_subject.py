@@ -152,6 +152,7 @@ def test_controls_are_named_by_their_options_and_densities_are_points_of_one(sea
         "prune-at-init-23456789": {"kind": "prune-at-init", "method": "snip", "scope": "layer", "density": 0.1},
         "finetune-01234567": {"kind": "finetune"}, "finetune-12345678": {"kind": "finetune", "density": 0.1},
         "one-shot-01234567": {"kind": "one-shot"}, "one-shot-12345678": {"kind": "one-shot", "density": 0.1},
+        "continued-01234567": {"kind": "continued"}, "continued-12345678": {"kind": "continued"},
         "random-prune-01234567": {"kind": "random-prune", "strategy": "erk", "reinit": True},
         "random-prune-12345678": {"kind": "random-prune", "strategy": "of another time"},
     }  # fmt: skip
@@ -166,13 +167,14 @@ def test_controls_are_named_by_their_options_and_densities_are_points_of_one(sea
     subjects = subject.read([folder])
     found = {n: [[r["density"] for r in same] for same in d] for n, d in subjects[0].controls().items()}
     assert found == {
+        "continued-01234567": [[one["density"]]], "continued-12345678": [[one["density"]]],
         "finetune": [[one["density"]]], "finetune, in one step": [[0.1]], "one-shot": [[one["density"]], [0.1]],
         "prune-at-init, snip": [[0.1], [0.05]], "prune-at-init, snip, scope layer": [[0.1]],
         "random-prune": [[one["density"]]], "random-prune, strategy erk, reinit": [[one["density"]]],
     }  # fmt: skip
 
     document = searches.document(subjects, "fastlth report r0")  # no round of the search is there
-    assert document.lead[0].startswith("Controls only (finetune; finetune, in one step; one-shot; prune-at-init")
+    assert document.lead[0].startswith("Controls only (continued-01234567; continued-12345678; finetune; finetune, in")
     write(document, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     for line in ("| prune-at-init, snip | 1 | 10.00% |", "| prune-at-init, snip | 1 | 5.00% |"):

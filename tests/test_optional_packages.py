@@ -86,7 +86,7 @@ def test_a_search_needs_no_optional_package(tmp_path: Path) -> None:
 
 
 # What a search is made of: recipes, nets, data on their way to a step, steps, pruning, tickets.
-CORE = ["tests/test_masks.py", "tests/test_recipe.py", "tests/test_composition.py", "tests/pruning",
+CORE = ["tests/test_masks.py", "tests/test_recipe.py", "tests/composition", "tests/pruning",
         "tests/models/test_init.py", "tests/models/test_dropout.py", "tests/data/test_data_order.py",
         "tests/data/test_data_normalise.py", "tests/training/test_step.py", "tests/training/test_dense.py",
         "tests/training/test_trainer.py", "tests/store/test_store_ticket.py", "tests/kernels/test_philox.py",

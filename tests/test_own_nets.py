@@ -289,6 +289,8 @@ def test_patterns_choose_the_layers(package: Path) -> None:
             run(own(**{f"prune__{setting}": ["fc*"]}))
     with pytest.raises(RecipeError, match=r"prune.never leaves no layer to prune"):
         run(own(prune__never=["*"]))
+    with pytest.raises(RecipeError, match=r"prune.only and prune.never leave no layer to prune"):
+        run(own(prune__only=["first"], prune__never=["first"]))
     assert own(prune__only=["first"]).digest != own().digest
     assert own(prune__only=[]).digest == own().digest
 

@@ -39,7 +39,8 @@ def layer_rates(weights: Iterable[str], prune: PruneSection) -> dict[str, Fracti
     if not rates:
         settings = [f"prune.{s}" for s, given in (("only", only), ("never", never)) if given] or ["prune.scale"]
         todo = "let a pattern leave a layer" if only or never else "give at least one layer a factor above 0"
-        raise RecipeError(f"{' and '.join(settings)} leaves no layer to prune; {todo}")
+        leave = "leave" if len(settings) > 1 else "leaves"
+        raise RecipeError(f"{' and '.join(settings)} {leave} no layer to prune; {todo}")
     if prune.scope == "global" and len(set(rates.values())) > 1:
         raise RecipeError("prune.scope global ranks all layers together and needs one rate; "
                           "make all factors of prune.scale 1 or 0, or use scope layer")  # fmt: skip

@@ -30,6 +30,11 @@ def check(recipe: Recipe, control: Control, trials: int | None) -> None:
         model = skeleton(recipe)
         shapes = {n: tuple(model.get_parameter(n).shape) for n in weight_names(model)}
         budget.of_density(_strategy(control), shapes, recipe.prune, control.density)
+    check_images(recipe, control)
+
+
+def check_images(recipe: Recipe, control: Control) -> None:
+    """Raises RecipeError for scores over more images than there are to train on."""
     if control.method in ("snip", "grasp"):
         _count(control, recipe, recipe.data.train_images)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlth import toml
 from fastlth.composition import adjust
 from fastlth.errors import RecipeError, TicketError
-from fastlth.experiments.at_init import masks_at_init, shares_at_init
+from fastlth.experiments.at_init import check_images, masks_at_init, shares_at_init
 from fastlth.experiments.control import Control
 from fastlth.experiments.trial import Show, Start, Stop, Trial
 from fastlth.experiments.workbench import MASKS, NOISE, VALUES, Workbench, branch_name, draw_key, plain
@@ -112,7 +112,7 @@ class _Work:
         """the recipe without ``auto``, and its engine"""
 
     def check(self, rounds: Iterable[int]) -> None:
-        """Raise RecipeError, before anything is trained or written, where no pruning leaves what is asked for."""
+        """Raise RecipeError, before anything is trained or written, where what is asked for cannot be had."""
         kind, density = self._control.kind, self._control.density
         for round in rounds:
             if kind == "one-shot" or (kind in ("finetune", "lr-rewind") and density is not None):
@@ -121,6 +121,7 @@ class _Work:
                 self._random_shares(round)
             elif kind == "prune-at-init":
                 shares_at_init(self._bench, self._control, self._recipe, self._target(round))
+                check_images(self._recipe, self._control)
 
     def train(self, round: int, trial: int = 0) -> dict[str, Any]:
         """The result of one training, made only where it is not there yet."""

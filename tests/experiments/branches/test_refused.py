@@ -80,3 +80,10 @@ def test_a_density_out_of_reach_is_refused_before_anything_is_trained_or_written
     with pytest.raises(RecipeError, match="cannot be reached in one step"):
         branch(found, Control(**options, density=0.0001))
     assert not (found / "branches").exists()
+
+
+def test_scores_over_more_images_than_there_are_leave_nothing_behind(found):
+    control = Control(kind="prune-at-init", method="snip", images=100_000)
+    with pytest.raises(RecipeError, match="--images must be at most the 1373 training images, got 100000"):
+        branch(found, control, rounds=[1])
+    assert not (found / "branches").exists()

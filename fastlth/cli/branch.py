@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from fastlth.cli.options import (
     Out,
     Seed,
     among,
+    check_looked_at,
     given,
     length,
     numbers,
@@ -109,7 +109,8 @@ def prune_at_init(
     from fastlth.experiments.at_init import check
     from fastlth.running import prepare
 
-    _check_looked_at(settings, control)
+    looked_at = ["prune.scale", "prune.only", "prune.never", *(["prune.scope"] if scope == "layer" else [])]
+    check_looked_at(settings, looked_at, "prune-at-init")
     check(composed.recipe, control, trials)
     path = prepare(composed.recipe, out=out, data_dir=data_dir)
     _run(path, control, None, trials, {}, data_dir, json)
@@ -122,16 +123,6 @@ def which(round: int | None, rounds: str | None) -> list[int] | str | None:
     if rounds is None or rounds == "all":
         return rounds if round is None else [round]
     return numbers("--rounds", rounds, "1,7,9, or all")
-
-
-def _check_looked_at(settings: Iterable[str], control: Control) -> None:
-    """Raises RecipeError for a setting of a search that would do nothing here but name another folder."""
-    looked_at = ["prune.scale", "prune.only", "prune.never", *(["prune.scope"] if control.scope == "layer" else [])]
-    for name in settings:
-        section, field = name.split(".")[:2]
-        if (section == "prune" and f"prune.{field}" not in looked_at) or name in ("store.keep_weights", "store.theta0"):
-            raise RecipeError(f"{name} is for searches and changes nothing here; leave it out (prune-at-init looks at "
-                              f"{', '.join(looked_at)})")  # fmt: skip
 
 
 def _run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,3 +69,14 @@ def numbers(flag: str, text: str, example: str) -> list[int]:
 def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings whose flag was used."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_looked_at(settings: Iterable[str], looked_at: Sequence[str], who: str) -> None:
+    """Raises RecipeError for a setting of a search that would do nothing for ``who`` but name another folder."""
+    for name in settings:
+        setting = ".".join(name.split(".")[:2])
+        if setting in ("store.keep_weights", "store.theta0") or (
+            setting.startswith("prune.") and setting not in looked_at
+        ):
+            rest = f"looks at {', '.join(looked_at)}" if looked_at else "looks at no setting of pruning"
+            raise RecipeError(f"{name} is for searches and changes nothing here; leave it out ({who} {rest})")

@@ -18,12 +18,16 @@ from fastlth.cli.options import (
     Model,
     Out,
     Seed,
+    check_looked_at,
     given,
     length,
 )
 from fastlth.composition import compose, parse_setting
 
 EXAMPLE = "Example: fastlth supermask lenet-300-100 mnist --method learned --rescale --signed-constant"
+
+# settings of pruning that one-shot masks follow; every weight of the other methods has a score
+LOOKED_AT = ["prune.rate", "prune.scale", "prune.only", "prune.never", "prune.alpha", "prune.formulas"]
 
 Opt = typer.Option
 
@@ -57,18 +61,21 @@ def supermask(
 
     The same command goes on where it stopped.
     """
-    from fastlth.experiments.supermasks.plan import Plan, settings
+    from fastlth.experiments.supermasks.plan import Plan, check, settings
 
     plan = Plan(method=method, criterion=criterion, powers=powers, signed_constant=signed_constant,
                 signed_constant_multiplier=signed_constant_multiplier, rescale=rescale, sigmoid_bias=sigmoid_bias,
                 rounded=rounded, samples=samples, keep=keep)  # fmt: skip
-    asked = {**settings(method, model), **dict(parse_setting(text) for text in set_ or [])} | given({
+    own = dict(parse_setting(text) for text in set_ or [])
+    asked = {**settings(method, model), **own} | given({
         "train.iterations": length(iterations, epochs), "train.batch_size": batch_size, "train.lr": lr,
         "seeds.base": seed, "compute.device": device,
     })  # fmt: skip
     if asked.keys() & {"prune.alpha", "prune.formulas"}:  # options of a criterion: of this one
         asked.setdefault("prune.criterion", plan.criterion)
     recipe = compose(model, dataset, preset=preset, settings=asked).recipe
+    check(recipe, plan)
+    check_looked_at(own, LOOKED_AT if method == "one-shot" else [], f"supermask --method {method}")
 
     from fastlth.cli.show import console, json_document, teller
     from fastlth.experiments.supermasks.run import supermask as find

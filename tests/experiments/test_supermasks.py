@@ -360,6 +360,23 @@ def test_settings_that_mean_nothing_here_are_refused(tmp_path, changes):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("method", "refused", "taken"), [
+    ("one-shot", ["prune.rounds=3", "prune.scope=global", "prune.to_density=0.1", "store.keep_weights=all"],
+     ["prune.rate=0.3", "prune.scale.output=1", "prune.never=['output']"]),
+    ("learned", ["prune.rate=0.3", "prune.rounds=3", "prune.scale.output=1", "store.theta0=seed"], []),
+])  # fmt: skip
+def test_settings_that_a_method_does_not_look_at_are_refused(command, monkeypatch, tmp_path, method, refused, taken):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["supermask", "lenet-300-100", "digits", "--method", method]
+    for setting in refused:
+        code, out, err = command(*arguments, "--set", setting)
+        assert (code, out, list(tmp_path.iterdir())) == (2, "", []), err
+        assert err.startswith(f"fastlth: {setting.partition('=')[0]} is for searches and changes nothing here"), err
+    for setting in taken:
+        code, _, err = command(*arguments, "-i", "10", "--powers", "1", "--set", setting)
+        assert code == 0, err
+
+
 def test_methods_start_from_the_papers_settings():
     train = compose("lenet-300-100", "mnist", settings=settings("learned", "lenet-300-100")).recipe.train
     assert (train.optimizer, train.lr, train.momentum, train.batch_size) == ("sgd", 100.0, 0.9, 250)

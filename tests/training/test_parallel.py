@@ -236,17 +236,17 @@ def test_an_own_net_on_a_folder_of_images_by_torchrun(tmp_path):
 @pytest.mark.endurance
 def test_a_search_of_one_process_goes_on_in_two_and_back(tmp_path):
     """From the middle of a round that the sparse engine trained; what became otherwise is said and recorded."""
-    arguments = find(tmp_path, 400, compute__engine="auto")
-    recipe = small_recipe(train__iterations=400, data__validation=-1, compute__engine="auto")
+    settings = {"data__validation": 64, "compute__engine": "auto"}
+    recipe = small_recipe(train__iterations=400, **settings)
     sparse = dataclasses.replace(recipe.compute, engine="sparse", break_even=0.5, shifted=())
     steps = iter(range(8))
     with pytest.raises(Stopped):
         run(recipe, out=tmp_path, resolved=dataclasses.asdict(sparse), stopped=lambda: next(steps, None) is None and 15)
     (folder,) = tmp_path.glob("*/r0")
     assert (folder / "state.safetensors").exists() and 'engine = "sparse"' in (folder / "recipe.toml").read_text()
-    said = train(torchrun(*arguments))
+    said = train(torchrun(*find(tmp_path, 400, **settings)))
     assert "2 processes train it, by the dense engine" in said
     text = (folder / "recipe.toml").read_text()
     assert 'processes = "2"' in text and 'moved = ["2 processes train it, by the dense engine"]' in text
-    assert "processes 2 -> 1" in train(by_one(*find(tmp_path, 400, rounds=3, compute__engine="auto")))
+    assert "processes 2 -> 1" in train(by_one(*find(tmp_path, 400, rounds=3, **settings)))
     assert len(content(folder)["rounds"]) == 4

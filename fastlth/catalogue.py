@@ -125,6 +125,11 @@ def model_name(name: str) -> str:
     return _own("model", name, MODELS, OTHER_MODELS)
 
 
+def has_batch_norm(name: str) -> bool:
+    """Whether a model of ``MODELS`` has batch norm in any case, asked for or not."""
+    return name.startswith(("vgg", "resnet"))
+
+
 def lenet_widths(name: str) -> tuple[int, int] | None:
     """(300, 100) of lenet-300-100: units of the two hidden layers; None if ``name`` is no such LeNet's."""
     match = re.fullmatch(r"lenet-([1-9][0-9]{0,3})-([1-9][0-9]{0,3})", name)

@@ -16,9 +16,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastlth.catalogue import DATASET_ALIASES, DATASETS, MODEL_ALIASES, dataset_name, lenet_widths, model_name
+from fastlth.catalogue import (
+    DATASET_ALIASES,
+    DATASETS,
+    MODEL_ALIASES,
+    dataset_name,
+    has_batch_norm,
+    lenet_widths,
+    model_name,
+)
 from fastlth.errors import RecipeError, unknown
 from fastlth.recipe import FACTS, SECTIONS, DataSection, Recipe, TrainSection
+from fastlth.recipe.checks import check
 from fastlth.specs import is_own, spec_of
 
 Layer = dict[str, dict[str, Any]]
@@ -92,7 +101,26 @@ def compose(
     before = _in_iterations(_overlay(named, base)) if base else {}
     merged = _in_iterations(_overlay(_overlay(named, base), asked))
     notes = _scale_schedule(merged, before, asked)
-    return Composed(Recipe.from_dict(merged), preset, verified and not asked, tuple(notes))
+    recipe = Recipe.from_dict(merged)
+    check_asked(settings or {}, recipe)
+    return Composed(recipe, preset, verified and not asked, tuple(notes))
+
+
+def check_asked(settings: Mapping[str, Any], recipe: Recipe) -> None:
+    """Raises RecipeError for settings that would do nothing in the ``recipe`` they became. A file's are not looked at:
+    a recipe.toml names every setting of a run, and with another length some of them may not come to act."""
+    last, schedule = recipe.train.iterations, recipe.schedule
+    if "model.batch_norm" in settings and has_batch_norm(recipe.model.name):
+        raise RecipeError(f"model.batch_norm must be left out for {recipe.model.name}, which always has it, "
+                          f"got {recipe.model.batch_norm!r}")  # fmt: skip
+    if "schedule.milestones" in settings:
+        check("schedule.milestones", max((0, *schedule.milestones)) < last, f"be below train.iterations ({last})",
+               list(schedule.milestones))  # fmt: skip
+    if "schedule.warmup" in settings:
+        check("schedule.warmup", schedule.warmup <= last, f"be at most train.iterations ({last})", schedule.warmup)
+    if "schedule.gamma" in settings:
+        check("schedule.gamma", bool(schedule.milestones), "be left out without schedule.milestones, where it acts",
+               schedule.gamma)  # fmt: skip
 
 
 def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

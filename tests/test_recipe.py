@@ -80,6 +80,11 @@ RULES = [
                                 "--set train.momentum=0), got 0.9"),
     ("train__optimizer", "adamw", "train.momentum must be 0 with optimizer adamw, which has betas (--momentum 0, or "
                                  "--set train.momentum=0), got 0.9"),
+    ("train__betas", [0.5, 0.9], "train.betas must be left at (0.9, 0.999) with optimizer sgd, which has momentum, "
+                                 "got (0.5, 0.9)"),
+    ("train__eps", 0.1, "train.eps must be left at 1e-08 with optimizer sgd, which has momentum, got 0.1"),
+    ("model__norm_init", "uniform", "model.norm_init must be left out for conv-2, which has no batch norm here, got "
+                                    "'uniform'"),
     ("train__momentum", 1.0, "train.momentum must be in [0, 1), got 1.0"),
     ("train__momentum", -0.1, "train.momentum must be in [0, 1), got -0.1"),
     ("train__momentum", NAN, "train.momentum must be in [0, 1), got nan"),
@@ -184,7 +189,7 @@ def test_a_seed_cannot_stand_for_weights_after_some_training():
 
 def test_values_at_the_edge_are_allowed():
     made = recipe(
-        data__validation=49_940, train__batch_size=60, train__momentum=0.0, train__betas=[0.0, 0.0],
+        data__validation=49_940, train__batch_size=60, **ADAM, train__betas=[0.0, 0.0],
         schedule__gamma=1.0, schedule__milestones=[1], prune__rounds=LAST_ROUND, prune__rate=0.999,
         prune__scale={"output": 1.001}, prune__rewind_to=999, seeds__base=2**32 - 1, seeds__init=0,
         compute__device="cuda:13", compute__threads=4_096,
@@ -359,8 +364,19 @@ ELSEWHERE = {
 ALL = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 
 
+# What must be there for a setting to act.
+ADAM = {"train__optimizer": "adam", "train__momentum": 0.0}
+BESIDE: dict[str, dict[str, Any]] = {
+    "model.norm_init": {"model__batch_norm": True}, "train.betas": ADAM, "train.eps": ADAM,
+}  # fmt: skip
+
+
+def beside(name: str) -> Recipe:
+    return recipe(**BESIDE.get(name, {}))
+
+
 def changed(name: str) -> Recipe:
-    return recipe(**{name.replace(".", "__"): OTHER[name]})
+    return recipe(**BESIDE.get(name, {}), **{name.replace(".", "__"): OTHER[name]})
 
 
 def test_every_setting_is_covered_here():
@@ -370,7 +386,7 @@ def test_every_setting_is_covered_here():
 
 @pytest.mark.parametrize("name", OTHER)
 def test_the_digest_changes_with_every_setting_but_prefixes_and_storage(name):
-    one, other = recipe(), changed(name)
+    one, other = beside(name), changed(name)
     assert one != other
     assert (one.digest == other.digest) == (name in WITHOUT)
 

@@ -22,7 +22,7 @@ from fastlth_kernels.philox import Key
 from torch import Tensor
 
 from fastlth.catalogue import dataset_name
-from fastlth.composition import adjust
+from fastlth.composition import adjust, check_asked
 from fastlth.data.sources import load_for
 from fastlth.errors import RecipeError
 from fastlth.experiments.settled import settled
@@ -40,7 +40,13 @@ from fastlth.training.engines.make import make_engine
 
 # What another optimizer brings of its own where it is not given (Morcos et al. 2019, section 3).
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {"train.lr": 0.1, "train.momentum": 0.9, "train.nesterov": False},
+    "sgd": {
+        "train.lr": 0.1,
+        "train.momentum": 0.9,
+        "train.nesterov": False,
+        "train.betas": (0.9, 0.999),  # for the others alone, and so at their defaults
+        "train.eps": 1e-8,
+    },
     "adam": {"train.lr": 3e-4, "train.momentum": 0.0, "train.nesterov": False},
     "adamw": {"train.lr": 3e-4, "train.momentum": 0.0, "train.nesterov": False},
 }
@@ -101,14 +107,17 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     if optimizer != recipe.train.optimizer:
         changes |= OPTIMIZERS.get(str(optimizer), {})
     prune = dataclasses.replace(recipe.prune, rewind_to=0, early_bird=0.0)
-    return adjust(dataclasses.replace(recipe, prune=prune), {**changes, **settings})
+    changed = adjust(dataclasses.replace(recipe, prune=prune), {**changes, **settings})
+    check_asked(settings, changed)
+    return changed
 
 
 def _check_given(settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name == "data.name":
             raise RecipeError("data.name cannot be set, since the data set is given as DATASET; name it there")
-        if name.split(".")[0] in ("model", "prune", "store") and name != "model.dropout":
+        of_ticket = name.split(".")[0] in ("model", "prune", "store") or name in ("seeds.init", "seeds.prune")
+        if of_ticket and name != "model.dropout":
             raise RecipeError(f"{name} belongs to the ticket, which is trained as it is; search again with another one")
 
 

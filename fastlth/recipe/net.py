@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 
 from fastlth import specs
-from fastlth.catalogue import DATASETS, DatasetFacts, dataset_name, model_name
+from fastlth.catalogue import DATASETS, DatasetFacts, dataset_name, has_batch_norm, model_name
 from fastlth.errors import RecipeError
 from fastlth.recipe.checks import check, choice
 
@@ -46,6 +46,7 @@ class ModelSection:
         choice("model.norm_init", self.norm_init, ("one", "uniform"))
         check("model.dropout", 0 <= self.dropout < 1, "be in [0, 1), the share that is dropped", self.dropout)
         if not self.own:
+            self._check_norm()
             check("model.init", self.init in (None, "glorot"), f"be glorot for {self.name}", self.init)
             check("model.content", self.content is None, f"be left out for {self.name}", self.content)
             object.__setattr__(self, "init", None)
@@ -58,6 +59,13 @@ class ModelSection:
         for setting, default in plain.items():
             check(f"model.{setting}", getattr(self, setting) == default or self.init == "glorot",
                    "be left out for an own net without model.init=glorot", getattr(self, setting))  # fmt: skip
+
+    def _check_norm(self) -> None:
+        always = has_batch_norm(self.name)
+        check("model.batch_norm", not (self.batch_norm and always), f"be left out for {self.name}, which always has it",
+               self.batch_norm)  # fmt: skip
+        check("model.norm_init", self.norm_init == "one" or self.batch_norm or always,
+               f"be left out for {self.name}, which has no batch norm here", self.norm_init)  # fmt: skip
 
     @property
     def own(self) -> bool:

@@ -42,6 +42,9 @@ class TrainSection:
                "be at least 0", self.weight_decay)  # fmt: skip
         check("train.betas", all(0 <= b < 1 for b in self.betas), "be in [0, 1)", self.betas)
         check("train.eps", 0 < self.eps < 1, "be in (0, 1)", self.eps)
+        for name, value, default in (("betas", tuple(self.betas), (0.9, 0.999)), ("eps", self.eps, 1e-8)):
+            check(f"train.{name}", value == default or self.optimizer != "sgd",
+                   f"be left at {default} with optimizer sgd, which has momentum", value)  # fmt: skip
 
     def iterations_per_epoch(self, images: int) -> int:
         """Batches in one pass over ``images`` training images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fastlth import toml
 from fastlth.catalogue import DATASETS, MODELS, OTHER_DATASETS, OTHER_MODELS
 from fastlth.composition import compose, parse_setting
 from fastlth.errors import RecipeError
@@ -76,6 +77,46 @@ def test_a_preset_that_does_not_cover_a_pair_names_those_that_do():
 )  # fmt: skip
 def test_names_that_contradict_each_other_are_refused(settings, start):
     assert refused("conv-2", "cifar-10", settings=settings).startswith(start)
+
+
+@pytest.mark.parametrize(("pair", "settings", "says"), [
+    ("resnet-20 cifar-10", {"model.batch_norm": True}, "model.batch_norm must be left out for resnet-20, which always "
+                                                       "has it, got True"),
+    ("vgg19 cifar-10", {"model.batch_norm": False}, "model.batch_norm must be left out for vgg19, which always has it, "
+                                                    "got False"),
+    ("lenet-300-100 digits", {"model.norm_init": "uniform"}, "model.norm_init must be left out for lenet-300-100, "
+                                                             "which has no batch norm here, got 'uniform'"),
+    ("lenet-300-100 digits", {"train.optimizer": "sgd", "train.betas": [0.5, 0.9]},
+     "train.betas must be left at (0.9, 0.999) with optimizer sgd, which has momentum, got (0.5, 0.9)"),
+    ("lenet-300-100 digits", {"train.optimizer": "sgd", "train.eps": 0.1},
+     "train.eps must be left at 1e-08 with optimizer sgd, which has momentum, got 0.1"),
+    ("lenet-300-100 digits", {"train.iterations": 60, "schedule.milestones": [5, 60]},
+     "schedule.milestones must be below train.iterations (60), got [5, 60]"),
+    ("lenet-300-100 digits", {"train.iterations": 60, "schedule.warmup": 61},
+     "schedule.warmup must be at most train.iterations (60), got 61"),
+    ("lenet-300-100 digits", {"schedule.gamma": 0.5},
+     "schedule.gamma must be left out without schedule.milestones, where it acts, got 0.5"),
+])  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(pair, settings, says):
+    assert refused(*pair.split(), settings=settings) == says
+
+
+def test_the_same_settings_where_they_act():
+    for pair, settings in (
+        ("conv-2 cifar-10", {"model.batch_norm": True, "model.norm_init": "uniform"}),
+        ("lenet-300-100 digits", {"train.optimizer": "adamw", "train.betas": [0.5, 0.9], "train.eps": 0.1}),
+        ("lenet-300-100 digits", {"train.iterations": 60, "schedule.milestones": [59], "schedule.gamma": 0.5,
+                                  "schedule.warmup": 60}),
+    ):  # fmt: skip
+        assert compose(*pair.split(), settings=settings).recipe != compose(*pair.split()).recipe
+
+
+@pytest.mark.parametrize("pair", ["vgg19 cifar-10", "resnet-20 cifar-10", "conv-2 cifar-10", "lenet-300-100 digits"])
+def test_a_recipes_own_file_holds_all_settings_and_may_be_shortened(tmp_path, pair):
+    whole = compose(*pair.split()).recipe
+    path = config(tmp_path, toml.dumps(whole.to_dict()))
+    assert compose(*pair.split(), config=path).recipe == whole
+    assert compose(*pair.split(), config=path, settings={"train.iterations": 50}).recipe.train.iterations == 50
 
 
 def test_names_that_agree_are_fine():

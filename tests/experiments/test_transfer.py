@@ -156,6 +156,8 @@ def test_another_optimizer_brings_the_papers_learning_rate(ticket):
     back = target(sgd, "digits", {"train.optimizer": "adam"})
     assert (back.train.lr, back.train.momentum) == (3e-4, 0.0)
     assert target(sgd, "digits", {"train.optimizer": "sgd"}).train == sgd.train
+    own = target(ticket.recipe, "digits", {"train.betas": [0.8, 0.9], "train.eps": 1e-6})
+    assert target(own, "digits", {"train.optimizer": "sgd"}).train == sgd.train
 
 
 def test_another_optimizer_brings_its_own_momentum_where_none_is_given(ticket):
@@ -227,7 +229,7 @@ def test_what_does_not_fit_is_refused(ticket, folders, tmp_path):
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("data.name", "mnist"), ("model.name", "conv-2"), ("model.batch_norm", True), ("prune.mask_0", "freeze_init"),
-    ("prune.never", ["fc1"]), ("store.keep_weights", "all"),
+    ("prune.never", ["fc1"]), ("store.keep_weights", "all"), ("seeds.init", 5), ("seeds.prune", 9),
 ])  # fmt: skip
 def test_settings_that_belong_to_the_ticket_are_refused(ticket, setting, value):
     says = "the data set is given as DATASET" if setting == "data.name" else f"{setting} belongs to the ticket"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fastlth.catalogue import lenet_widths
+from fastlth.catalogue import has_batch_norm, lenet_widths
 from fastlth.composition import compose, presets_for
 from fastlth.errors import RecipeError, unknown
 from fastlth.experiments.figures.declare import Arm, Branched, Carried, Copied, Figure, Follow
@@ -117,8 +117,9 @@ def _on_digits(recipe: Recipe) -> Recipe:
     name = recipe.model.name
     if lenet_widths(name) is None:
         name = "lenet-300-100" if name == "lenet-5" else "resnet-8" if name.startswith("resnet") else "conv-2"
+    norm = recipe.model.norm_init if has_batch_norm(name) else "one"
     return dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, name=name, batch_norm=False),
+        recipe, model=dataclasses.replace(recipe.model, name=name, batch_norm=False, norm_init=norm),
         data=DataSection(name="digits", normalise=recipe.data.normalise), compute=SMOKE_COMPUTE,
         train=dataclasses.replace(recipe.train, batch_size=min(recipe.train.batch_size, SMOKE_BATCH)),
     )  # fmt: skip

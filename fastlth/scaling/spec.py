@@ -35,7 +35,7 @@ from fastlth.errors import RecipeError, unknown
 from fastlth.experiments.control import Control
 from fastlth.experiments.figures.declare import Arm, Branched
 from fastlth.experiments.figures.scale import Job
-from fastlth.recipe import SECTIONS, Recipe
+from fastlth.recipe import SECTIONS, Recipe, reading
 
 KEYS = ("model", "dataset", "preset", "seeds", "settings", "branch")
 OPTIONS = tuple(f.name for f in dataclasses.fields(Control))
@@ -103,6 +103,9 @@ def _jobs(varied: _Varied, seeds: Sequence[int], branches: Sequence[Branched]) -
         if beyond := [k for k in follow.rounds if not 1 <= k <= recipe.prune.rounds]:
             raise RecipeError(f"branch {follow.control.kind}: round {beyond[0]} is not a pruned round of these "
                               f"searches; choose from 1 to {recipe.prune.rounds}, or \"all\"")  # fmt: skip
+        if (images := follow.control.images or 0) > recipe.data.train_images:
+            raise RecipeError(f"branch {follow.control.kind}: images must be at most the {recipe.data.train_images} "
+                              f"training images, got {images}")  # fmt: skip
     arm = Arm(label=varied.label, model=recipe.model.name, dataset=recipe.data.name, follow=tuple(branches))
     for first, count in _stretches(seeds):
         whole = dataclasses.replace(recipe, seeds=dataclasses.replace(recipe.seeds, base=first))
@@ -115,7 +118,7 @@ def _branch(table: Mapping[str, Any]) -> Branched:
             raise RecipeError(unknown("option of a branch", key, (*OPTIONS, "rounds", "trials", "label")))
     if "kind" not in table:
         raise RecipeError('a [[branch]] has no kind; write one, such as kind = "random-reinit"')
-    control = Control(**{key: value for key, value in table.items() if key in OPTIONS})
+    control = reading.section("branch", Control, {key: value for key, value in table.items() if key in OPTIONS})
     if control.density is not None:
         raise RecipeError(f"branch {control.kind}: density {control.density:g} is not taken here, where branches go by "
                           "rounds; give rounds")  # fmt: skip

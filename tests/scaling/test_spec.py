@@ -6,6 +6,7 @@ import pytest
 
 from fastlth.composition import compose
 from fastlth.errors import RecipeError
+from fastlth.experiments.control import Control
 from fastlth.scaling.spec import read
 from tests.scaling.sweeps import BASE, small_sweep, write_spec
 
@@ -98,6 +99,15 @@ def test_models_multiply_and_epochs_are_counted(tmp_path):
         ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\nrounds = "some"', "got 'some'"),
         ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\ntrials = 2', "must be 1"),
         ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\ndensity = 0.1', "go by rounds"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = ["noise", "one-shot"]', "kind must be a word"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "noise"\nsigma = "0.5"', "sigma must be a n"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "one-shot"\ndensity = "1"', "density must be a"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "random-prune"\nreinit = "no"', "true or false"),
+        ('model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "lr-rewind"\niterations = 1.5', "a whole number"),
+        (
+            'model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "prune-at-init"\nmethod = "snip"\nimages = 55001',
+            "at most the 55000 training images, got 55001",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, text, sentence):
@@ -105,6 +115,15 @@ def test_what_is_refused(tmp_path, text, sentence):
     with pytest.raises(RecipeError) as error:
         read(tmp_path / "s.toml")
     assert sentence in str(error.value) and "\n" not in str(error.value).strip()
+
+
+def test_a_branch_is_that_of_the_command(tmp_path):
+    (tmp_path / "s.toml").write_text(
+        'model = "lenet-5"\ndataset = "mnist"\n[[branch]]\nkind = "noise"\nsigma = 1\ntrials = 2'
+    )
+    (job,) = read(tmp_path / "s.toml").jobs
+    asked = Control(kind="noise", sigma=1.0)  # as the flag --sigma 1 is read
+    assert job.follow[0].control.digest("0") == asked.digest("0") and job.follow[0].trials == 2
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -71,16 +71,22 @@ def run(
         recipe = recipe.recipe
     recipe = with_own(recipe, model, data)
     check(recipe, team)
+    members = _replicates(recipe, replicates)
     log = sinks.check(log)
     source = load_for(recipe.data, data_dir)
     with ExitStack() as opened:
-        directories = [
-            opened.enter_context(Run.open(Path(out), recipe.replicate(r), fresh=fresh)) for r in range(replicates)
-        ]
+        directories = [opened.enter_context(Run.open(Path(out), member, fresh=fresh)) for member in members]
         searches = _Searches(directories, source, resolved, log, show, stopped, data_dir, team)
         found = Search(recipe, tuple(searches.all()))
         found.save_overlap()
         return found
+
+
+def _replicates(recipe: Recipe, count: int) -> list[Recipe]:
+    if recipe.seeds.base + count > 2**32:
+        raise RecipeError(f"{count} replicates from seed {recipe.seeds.base} on need seeds up to "
+                          f"{recipe.seeds.base + count - 1}; the last is 2**32 - 1; give a lower --seed")  # fmt: skip
+    return [recipe.replicate(r) for r in range(count)]
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastlth.catalogue import DATASETS
-from fastlth.cli.options import COMPLETE_DATASET, COMPLETE_MODEL, MODEL_NAMES, OWN_NET, Json, numbers
+from fastlth.cli.options import COMPLETE_DATASET, COMPLETE_MODEL, MODEL_NAMES, OWN_NET, Json, check_in_place, numbers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +36,7 @@ def bench(
 ) -> None:
     """Without a sub-command: the default set, in about two minutes at most."""
     if context.invoked_subcommand is not None:
+        check_in_place(context)
         return
     from fastlth.errors import RecipeError
 

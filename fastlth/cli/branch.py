@@ -19,6 +19,7 @@ from fastlth.cli.options import (
     Out,
     Seed,
     among,
+    check_factors,
     check_looked_at,
     given,
     length,
@@ -111,6 +112,11 @@ def prune_at_init(
 
     looked_at = ["prune.scale", "prune.only", "prune.never", *(["prune.scope"] if scope == "layer" else [])]
     check_looked_at(settings, looked_at, "prune-at-init")
+    if scope != "layer":
+        check_factors(settings, f"method {method} without --scope layer has one budget for all layers")
+    elif settings.get("prune.scope", "layer") != "layer":
+        raise RecipeError(f"prune.scope {settings['prune.scope']} and --scope layer contradict each other; leave out "
+                          "prune.scope")  # fmt: skip
     check(composed.recipe, control, trials)
     path = prepare(composed.recipe, out=out, data_dir=data_dir)
     _run(path, control, None, trials, {}, data_dir, json)

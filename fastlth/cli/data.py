@@ -62,6 +62,8 @@ def prepare(
         from fastlth.data import own
 
         facts, where = own.facts(name, image_size), ""
+    elif image_size is not None:
+        facts["image_size"] = image_size  # DataSection says what it is for
     if name == "digits":
         where = ", which come with scikit-learn"
     source = load_for(DataSection(**facts, augment="photo-crop" if photo_crop else "none"), data_dir)

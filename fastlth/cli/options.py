@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def length(iterations: int | None, epochs: float | None) -> int | str | None:
     """train.iterations from --iterations or --epochs. Raises RecipeError if both are given."""
     if iterations is not None and epochs is not None:
         raise RecipeError(f"--iterations {iterations} and --epochs {epochs:g} contradict each other; give one")
-    return f"{epochs:g}ep" if epochs is not None else iterations
+    return f"{Decimal(repr(epochs)).normalize():f}ep" if epochs is not None else iterations
 
 
 def numbers(flag: str, text: str, example: str) -> list[int]:
@@ -71,6 +72,16 @@ def given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def check_in_place(context: typer.Context) -> None:
+    """Raises RecipeError for an option of a group of commands that stands before one of them, where none reads it."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            name, after = option.opts[0], context.invoked_subcommand
+            raise RecipeError(f"{name} stands before {after}, where nothing looks at it; put it behind {after} if "
+                              f"'{context.command_path} {after} --help' has it, or leave it out")  # fmt: skip
+
+
 def check_looked_at(settings: Iterable[str], looked_at: Sequence[str], who: str) -> None:
     """Raises RecipeError for a setting of a search that would do nothing for ``who`` but name another folder."""
     for name in settings:
@@ -80,3 +91,14 @@ def check_looked_at(settings: Iterable[str], looked_at: Sequence[str], who: str)
         ):
             rest = f"looks at {', '.join(looked_at)}" if looked_at else "looks at no setting of pruning"
             raise RecipeError(f"{name} is for searches and changes nothing here; leave it out ({who} {rest})")
+
+
+def check_factors(settings: Mapping[str, Any], why: str) -> None:
+    """Raises RecipeError for factors of prune.scale where only layers left whole (0) or not (1) matter, which is
+    ``why``."""
+    for name, value in settings.items():
+        if name == "prune.scale" or name.startswith("prune.scale."):
+            for factor in value.values() if isinstance(value, dict) else [value]:
+                if factor not in (0, 1):
+                    raise RecipeError(f"{name} may be 0, which leaves a layer whole, or 1 here, since {why}; "
+                                      f"got {factor!r}")  # fmt: skip

@@ -14,6 +14,8 @@ from fastlth.errors import RecipeError
 
 EXAMPLE = "Example: fastlth report runs/lenet-300-100-mnist-fa90b8ac"
 
+PAGE = Path("report")
+
 Opt = typer.Option
 
 
@@ -22,7 +24,7 @@ def report(
         list[Path] | None,
         typer.Argument(metavar="RUN...", help="Run folders r<seed>, their parents (all replicates) or ticket files."),
     ] = None,
-    out: Annotated[Path, Opt(help="Folder of the page, its pictures and tables.")] = Path("report"),
+    out: Annotated[Path, Opt(help="Folder of the page, its pictures and tables.")] = PAGE,
     rounds: Annotated[str | None, Opt(help="Rounds whose training curves are drawn, for example 0,3,7.")] = None,
     live: Annotated[bool, Opt("--live", help="Follow a run in the terminal until it is finished.")] = False,
     bench: Annotated[
@@ -34,8 +36,13 @@ def report(
     if live and bench:
         raise RecipeError("--live and --bench contradict each other; give one")
     if live:
+        if unread := [flag for flag, there in (("--rounds", rounds is not None), ("--out", out != PAGE)) if there]:
+            raise RecipeError(f"{unread[0]} is about the page and --live writes none; leave it out, and call report "
+                              "without --live when the run is finished")  # fmt: skip
         _live(given)
         return
+    if bench and rounds is not None:
+        raise RecipeError(f"--rounds {rounds} is about curves of searches, and --bench draws records; give one")
     import fastlth
     from fastlth.cli.show import console
     from fastlth.report.write import write

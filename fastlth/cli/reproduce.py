@@ -61,6 +61,8 @@ def reproduce(
     from fastlth.cli.show import console, json_document
 
     screen = console()
+    if list_ and figure is not None:
+        raise RecipeError(f"--list shows all figures and would not draw {figure}; give one of them")
     if list_:
         document: Any = _list(screen)
     elif figure is None:

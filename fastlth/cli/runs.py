@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastlth.cli.options import Json, Out
+from fastlth.cli.options import Json, Out, check_in_place
 
 app = typer.Typer(help="List all runs; free what finished ones no longer need.")
 
@@ -16,6 +16,7 @@ app = typer.Typer(help="List all runs; free what finished ones no longer need.")
 def runs(context: typer.Context, out: Out = Path("runs"), json: Json = False) -> None:
     """List all runs: model, data, seed, finished rounds, winning ticket, size on disk."""
     if context.invoked_subcommand is not None:
+        check_in_place(context)
         return
     from rich.table import Table
 

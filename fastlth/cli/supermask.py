@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastlth.catalogue import SIGN_TESTS
 from fastlth.cli.options import (
     BatchSize,
     DataDir,
@@ -18,6 +19,7 @@ from fastlth.cli.options import (
     Model,
     Out,
     Seed,
+    check_factors,
     check_looked_at,
     given,
     length,
@@ -75,6 +77,9 @@ def supermask(
         asked.setdefault("prune.criterion", plan.criterion)
     recipe = compose(model, dataset, preset=preset, settings=asked).recipe
     check(recipe, plan)
+    if plan.criterion in SIGN_TESTS and method == "one-shot":
+        check_looked_at(own, [name for name in LOOKED_AT if name != "prune.rate"], f"criterion {plan.criterion}")
+        check_factors(own, "a sign test asks for no rate")
     check_looked_at(own, LOOKED_AT if method == "one-shot" else [], f"supermask --method {method}")
 
     from fastlth.cli.show import console, json_document, teller

@@ -210,6 +210,19 @@ BAD = {
         2, [*DIGITS_AT_INIT, "--method", "snip", "--density", "0.1", "--images", "5000"], "at most the 837 training",
     ),
     "prune-at-init, too sparse": (2, [*DIGITS_AT_INIT, "--method", "erk", "--density", "0.00001"], "at least 1.99e-05"),
+    "prune-at-init, factors of one budget": (
+        2, [*DIGITS_AT_INIT, "--method", "snip", "--density", "0.1", "--set", "prune.scale.fc1=0.5"], "one budget",
+    ),
+    "prune-at-init, two scopes": (
+        2, [*DIGITS_AT_INIT, "--method", "snip", "--density", "0.1", "--scope", "layer", "--set", "prune.scope=global",
+            "--set", "prune.scale={}"], "contradict each other",
+    ),
+    "last replicate's seed": (
+        2, ["find-ticket", "lenet-300-100", "digits", "--seed", "4294967295", "--replicates", "2"], "a lower --seed",
+    ),
+    "option of runs before clean": (2, ["runs", "--out", "other", "clean", "--yes"], "put it behind clean"),
+    "option of bench before step": (2, ["bench", "--json", "step"], "put it behind step"),
+    "image size of digits": (2, ["data", "prepare", "digits", "--image-size", "32"], "imagefolder:PATH"),
     "two data folders": (2, ["find-ticket", "vgg19", "cifar-10", "a", "--data-dir", "b"], "give one"),
     "no such device": (2, ["find-ticket", "lenet-300-100", "digits", "--device", "cuda:7"], "cpu"),
     "not a device": (2, ["find-ticket", "lenet-300-100", "digits", "--device", "gpu"], "cuda"),

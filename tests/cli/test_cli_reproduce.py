@@ -78,6 +78,7 @@ def test_list(reproduce):
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (("fc-99",), "unknown figure 'fc-99'"),
+    (("fc-4", "--list"), "--list shows all figures and would not draw fc-4"),
     ((), "reproduce needs a figure such as fc-4"),
     (("fc-3", "--scale", "long"), "unknown scale 'long'; choose one of: paper, short, smoke"),
 ])  # fmt: skip

@@ -377,6 +377,21 @@ def test_settings_that_a_method_does_not_look_at_are_refused(command, monkeypatc
         assert code == 0, err
 
 
+@pytest.mark.parametrize("method", ["learned", "edge-popup"])
+def test_scores_are_trained_by_the_dense_engine_alone(tmp_path, method):
+    with pytest.raises(RecipeError, match=r"compute\.engine must be auto or dense"):
+        supermask(recipe_of(compute__engine="sparse"), Plan(method=method), out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["prune.rate=0.5", "prune.scale.fc1=0.5", "prune.scale={fc1=0.5}"])
+def test_a_sign_test_is_asked_for_no_rate(command, monkeypatch, tmp_path, setting):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("supermask", "lenet-300-100", "digits", "--criterion", "large_final_same_sign_single",
+                           "--set", setting)  # fmt: skip
+    assert code == 2 and err.startswith("fastlth: prune.") and list(tmp_path.iterdir()) == []
+
+
 def test_methods_start_from_the_papers_settings():
     train = compose("lenet-300-100", "mnist", settings=settings("learned", "lenet-300-100")).recipe.train
     assert (train.optimizer, train.lr, train.momentum, train.batch_size) == ("sgd", 100.0, 0.9, 250)

@@ -129,5 +129,8 @@ def check(recipe: Recipe, plan: Plan) -> None:
                           f"--signed-constant and --rescale; got {prune.mask_1} and {prune.mask_0}")  # fmt: skip
     if recipe.model.dropout:
         raise RecipeError(f"model.dropout must be 0 for supermasks, which draw masks, got {recipe.model.dropout}")
+    if not one_shot and recipe.compute.engine not in ("auto", "dense"):
+        raise RecipeError(f"compute.engine must be auto or dense for --method {plan.method}, whose scores no other "
+                          f"engine trains, got {recipe.compute.engine}")  # fmt: skip
     if recipe.compute.compile == "on":
         raise RecipeError("compute.compile must be off for supermasks, which make new weights at every step")

@@ -27,7 +27,7 @@ from fastlth.errors import DivergedError
 from fastlth.masks import Masks
 from fastlth.models import drawn
 from fastlth.pruning import actions, layer_rates, prune
-from fastlth.recipe import ComputeSection, Recipe
+from fastlth.recipe import LAST_ROUND, ComputeSection, Recipe
 from fastlth.store.run import State
 from fastlth.store.ticket import Ticket
 from fastlth.training.early_bird import EarlyBird, MaskDrawn
@@ -119,13 +119,13 @@ def find_tickets(
         yield from _said(engine)
 
         for event in _training(engine, recipe, progress, round, bird):
-            if round == 0 and recipe.prune.rewind_to and event == ChunkDone(recipe.prune.rewind_to):
+            if round == 0 and event.iteration == recipe.prune.rewind_to:  # the first of its events: all have theta_k
                 found.rewind = copies.arrays(engine.weights())
             yield InRound(round, event, functools.partial(_state, engine, progress, round, recipe, found.rewind, bird))
             yield from _said(engine)
 
-        # theta_k also where round 0 began earlier
-        found.prune(masks, start if round else copies.tensors(found.rewind), engine.weights())
+        if round < LAST_ROUND:
+            found.prune(masks, found.initial(start), engine.weights())
         found.results.append(round_result(engine, recipe, progress, round, density, kept))
         yield RoundFinished(round, found.results[-1], found.ticket(), lambda: copies.arrays(engine.weights()))
 
@@ -168,10 +168,17 @@ class _Found:
                              self._zero_from, numbers=self._numbers, round=len(self.results), key=self._key,
                              draw=functools.partial(drawn, self._recipe))  # fmt: skip
 
+    def initial(self, start: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """w_i of the round that ``start`` begins: in round 0 theta_k, also where that began earlier."""
+        return start if self.results else copies.tensors(self.rewind)
+
     def early_bird(self, masks: Masks, start: Mapping[str, Tensor]) -> EarlyBird:
         """What watches the mask that the round is heading for."""
         prune, epoch = self._recipe.prune, self._recipe.train.iterations_per_epoch(self._recipe.data.train_images)
-        draw = functools.partial(self._pruned, masks, start)
+
+        def draw(trained: Mapping[str, Tensor]) -> Masks:
+            return self._pruned(masks, self.initial(start), trained)
+
         return EarlyBird(prune.early_bird, epoch, masks, draw, not_before=prune.rewind_to)
 
     def prune(self, masks: Masks, initial: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:

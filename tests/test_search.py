@@ -144,6 +144,32 @@ def test_going_on_from_any_safe_point_changes_no_bit(stop_after, rewind_to, monk
             assert getattr(a, part)[name].tobytes() == value.tobytes(), (part, name)
 
 
+@pytest.mark.parametrize("rewind_to", [5, 10, 15])
+def test_a_state_taken_at_an_evaluation_changes_no_bit_either(rewind_to):
+    """Those of the rewind point too, where the evaluation comes before the safe point."""
+    recipe = small_recipe(prune__rewind_to=rewind_to, prune__rounds=1, train__iterations=20, evaluate__every=5)
+    source = random_source("digits")
+    whole = finished(search(recipe, source))[-1]
+    for event in find_tickets(recipe, source, compute(recipe)):
+        if isinstance(event, InRound) and isinstance(event.event, Evaluated) and event.event.iteration == rewind_to:
+            state = event.state()
+            break
+    gone_on = finished(search(recipe, source, state=state))[-1]
+    for part in ("rewind", "pruned_at"):
+        for name, value in getattr(whole.ticket, part).items():
+            assert getattr(gone_on.ticket, part)[name].tobytes() == value.tobytes(), (part, name)
+    assert gone_on.result["early_stop_validation_loss"] == whole.result["early_stop_validation_loss"]
+
+
+def test_the_last_round_that_a_ticket_can_hold_is_not_pruned(monkeypatch):
+    """Round 255 is no round: one byte holds the rounds, and 255 is reserved."""
+    monkeypatch.setattr("fastlth.search.LAST_ROUND", 2)
+    for rounds in (1, 2):
+        ticket = finished(search(small_recipe(prune__rounds=rounds, train__iterations=5)))[-1].ticket
+        assert len(ticket.rounds) == rounds + 1
+        assert max(int(at.max()) for at in ticket.pruned_at.values()) == 2
+
+
 def test_more_rounds_later_equal_more_rounds_at_once():
     short, long = small_recipe(prune__rounds=1), small_recipe(prune__rounds=3)
     first = finished(search(short))

@@ -37,7 +37,10 @@ def gradients(recipe: Recipe, images: Images, values: Mapping[str, Tensor]) -> d
     pixels, labels = torch.from_numpy(np.asarray(images.pixels)), torch.from_numpy(images.labels)
     lookup = table(recipe.data.facts, recipe.data.normalise).to(device)
     parts = -(-len(labels) // BATCH)  # of nearly equal sizes, so that no batch is too small for batch norm
-    with host.settings(recipe.compute.threads or torch.get_num_threads()):
+    with (
+        host.settings(recipe.compute.threads or torch.get_num_threads()),
+        host.algorithms(device, deterministic=recipe.compute.deterministic),
+    ):
         for x, y in zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True):
             x = normalise(x.to(device).permute(0, 3, 1, 2), lookup, torch.float32)
             loss = F.cross_entropy(model(x), y.to(device), reduction="sum") / len(labels)

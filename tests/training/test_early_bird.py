@@ -129,6 +129,21 @@ def test_schedules_too_short_to_compare_masks_are_refused():
     assert short.prune.early_bird == 0
 
 
+@pytest.mark.parametrize("criterion", ["large_final", "movement", "large_final_same_sign"])
+@pytest.mark.parametrize("rewind_to", [0, 25])
+def test_the_mask_drawn_at_the_last_iteration_is_the_one_that_pruning_makes(criterion, rewind_to):
+    """w_i of round 0 is theta_k for both, also for criteria that look at it."""
+    recipe = bird_recipe(
+        prune__criterion=criterion, prune__rewind_to=rewind_to, prune__rounds=0, prune__early_bird=1e-9
+    )
+    for event in find_tickets(recipe, random_source("digits"), compute(recipe)):
+        if isinstance(event, InRound) and event.event == ChunkDone(200):
+            drawn = event.state().arrays["early_bird/masks"][-1]
+        if isinstance(event, RoundFinished):
+            made = np.concatenate([(at == 0).reshape(-1) for at in event.ticket.pruned_at.values()])
+    assert (np.unpackbits(drawn, count=len(made)) == made).all()
+
+
 @pytest.fixture(scope="module")
 def whole():
     return search(bird_recipe())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,28 @@ def test_it_is_that_of_the_whole_set(name, batch_norm, monkeypatch):
         assert_close_by_norm(found[n].double(), wanted[n], 1e-5)
     assert_same_bits(values, before)
     assert_same_bits(found, gradients(recipe, images, values))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_algorithms_are_those_that_the_recipe_asks_for(deterministic, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def algorithms(device, *, deterministic):
+        seen.append((device.type, deterministic, "in"))
+        yield
+        seen.append((device.type, deterministic, "out"))
+
+    def loss(*arguments, **options):
+        seen.append("loss")
+        return cross_entropy(*arguments, **options)
+
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(module.host, "algorithms", algorithms)
+    monkeypatch.setattr(module.F, "cross_entropy", loss)
+    recipe = small_recipe(compute__deterministic=deterministic)
+    gradients(recipe, random_source("digits", train=40).train, build(recipe).state_dict())
+    assert seen == [("cpu", deterministic, "in"), "loss", ("cpu", deterministic, "out")]
 
 
 def test_a_pruned_weight_has_a_gradient_too():

@@ -8,8 +8,10 @@ RUN/branches/<kind>-<digest8>/round-<k>/trial-<t>/    one training (trial.py); r
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -207,10 +209,12 @@ class _Work:
         if section.criterion in SIGN_TESTS:
             raise RecipeError(f"criterion {section.criterion} decides itself how many weights go and cannot prune to "
                               "a density; use a search with another criterion")  # fmt: skip
-        density = self._control.density
-        if density is None:
-            density = self._bench.finished().file.density(round)
-        return budget.one_shot_rate(self._bench.shapes, section, density)
+        bench, density = self._bench, self._control.density
+        if density is not None:
+            return budget.one_shot_rate(bench.shapes, section, density)
+        sizes = {n: math.prod(shape) for n, shape in bench.shapes.items()}
+        pruned = sum(int((~m).sum()) for m in bench.finished().mask(round).values())
+        return budget.one_shot_rate(bench.shapes, section, 1 - Fraction(pruned, sum(sizes.values())))
 
     def _pruned(self, round: int, trained: Mapping[str, Tensor]) -> Masks:
         """Round ``round`` of a chain: its masks so far, pruned by the weights that training left."""

@@ -128,10 +128,10 @@ def synflow(
 
 
 def _double(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A float64 copy in training mode but without dropout, and its weights ``names``."""
-    net = copy.deepcopy(model).double().train()
+    """A float64 copy with batch norm alone in training mode, so that nothing is dropped, and its weights ``names``."""
+    net = copy.deepcopy(model).double().eval()
     for module in net.modules():
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) and not list(module.children()):
-            module.eval()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
     parameters = dict(net.named_parameters())
     return net, {n: parameters[n] for n in names}

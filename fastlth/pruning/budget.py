@@ -27,11 +27,13 @@ Shapes = Mapping[str, Sequence[int]]
 STRATEGIES = ("layer", "global", "even", "erk")
 
 
-def one_shot_rate(shapes: Shapes, prune: PruneSection, density: float) -> float:
+def one_shot_rate(shapes: Shapes, prune: PruneSection, density: float | Fraction) -> float:
     """The smallest ``prune.rate`` with which one round ends at or below ``density``; the layers' factors stay.
 
-    ``shapes`` are those of all Linear and Conv weights. Frankle & Carbin 2019 (section 2) prune their one-shot LeNets
-    so: hidden layers at p, the output layer at p / 2. Raises RecipeError where no rate below 1 gets there.
+    ``shapes`` are those of all Linear and Conv weights; a float is the decimal it is written as. Frankle & Carbin 2019
+    (section 2) prune their one-shot LeNets so: hidden layers at p, the output layer at p / 2.
+
+    Raises RecipeError where no rate below 1 gets there.
     """
     gone = _removed(shapes, layer_rates(shapes, prune), density)
     factors = {n: rate / exact(prune.rate) for n, rate in layer_rates(shapes, prune).items()}
@@ -50,8 +52,8 @@ def one_shot_rate(shapes: Shapes, prune: PruneSection, density: float) -> float:
     while exact(rate) < exactly:
         rate = math.nextafter(rate, math.inf)
     if exact(rate) * max(factors.values()) >= 1:
-        raise RecipeError(f"density {density:g} cannot be reached in one step: with these factors of prune.scale a "
-                          "layer would have to lose everything; ask for more, or change prune.scale")  # fmt: skip
+        raise RecipeError(f"density {float(density):g} cannot be reached in one step: by these factors of prune.scale "
+                          "a layer would have to lose everything; ask for more, or change prune.scale")  # fmt: skip
     return rate
 
 
@@ -119,15 +121,18 @@ def random_masks(shapes: Shapes, budget: Budget, *, numbers: Mapping[str, int], 
     return keep_highest(scores, budget, numbers=numbers, round=round, key=key)
 
 
-def _removed(shapes: Shapes, prunable: Mapping[str, object], density: float) -> int:
+def _removed(shapes: Shapes, prunable: Mapping[str, object], density: float | Fraction) -> int:
     """How many weights must go so that at most ``density`` of all is left."""
     sizes = {n: math.prod(shape) for n, shape in shapes.items()}
     everything, removable = sum(sizes.values()), sum(sizes[n] for n in prunable)
-    gone = everything - math.floor(exact(density) * everything) if 0 < density < 1 else removable
+    gone = removable
+    if 0 < density < 1:
+        share = density if isinstance(density, Fraction) else exact(density)
+        gone = everything - math.floor(share * everything)
     if gone >= removable:
         least = (everything - removable + 1) / everything
         raise RecipeError(f"a density must be below 1 and leave a weight of the layers that are pruned (at least "
-                          f"{least:.3g}), got {density:g}")  # fmt: skip
+                          f"{least:.3g}), got {float(density):g}")  # fmt: skip
     return gone
 
 

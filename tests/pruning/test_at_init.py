@@ -84,6 +84,25 @@ def test_scores_are_taken_without_dropout():
     assert all(torch.equal(at_init.snip(dropped, NAMES, images, labels)[n], plain[n]) for n in NAMES)
 
 
+class Dropping(nn.Module):
+    """Drops by a function, which only the module's own mode tells not to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x):
+        return F.dropout(self.net(x), 0.9, self.training)
+
+
+@pytest.mark.parametrize("score", [at_init.snip, at_init.grasp])
+def test_scores_are_taken_without_dropout_by_a_module_with_children_either(score):
+    images, labels = batch()
+    plain, dropped = score(tiny(), NAMES, images, labels), Dropping()
+    dropped = score(dropped, [f"net.{n}" for n in NAMES], images, labels)
+    assert all(torch.equal(dropped[f"net.{n}"], plain[n]) for n in NAMES)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 200.0])
 def test_grasp_is_weight_times_the_change_of_the_squared_gradient(temperature):
     """H g is half the gradient of |g|^2, here by differences of autograd's g; only the scored weights count in g."""

@@ -26,8 +26,7 @@ from fastlth.catalogue import (
     model_name,
 )
 from fastlth.errors import RecipeError, unknown
-from fastlth.recipe import FACTS, SECTIONS, DataSection, Recipe, TrainSection
-from fastlth.recipe.checks import check
+from fastlth.recipe import FACTS, SECTIONS, DataSection, Recipe, ScheduleSection, TrainSection
 from fastlth.specs import is_own, spec_of
 
 Layer = dict[str, dict[str, Any]]
@@ -102,25 +101,21 @@ def compose(
     merged = _in_iterations(_overlay(_overlay(named, base), asked))
     notes = _scale_schedule(merged, before, asked)
     recipe = Recipe.from_dict(merged)
-    check_asked(settings or {}, recipe)
-    return Composed(recipe, preset, verified and not asked, tuple(notes))
-
-
-def check_asked(settings: Mapping[str, Any], recipe: Recipe) -> None:
-    """Raises RecipeError for settings that would do nothing in the ``recipe`` they became. A file's are not looked at:
-    a recipe.toml names every setting of a run, and with another length some of them may not come to act."""
-    last, schedule = recipe.train.iterations, recipe.schedule
-    if "model.batch_norm" in settings and has_batch_norm(recipe.model.name):
+    if "model.batch_norm" in (settings or {}) and has_batch_norm(recipe.model.name):
         raise RecipeError(f"model.batch_norm must be left out for {recipe.model.name}, which always has it, "
                           f"got {recipe.model.batch_norm!r}")  # fmt: skip
-    if "schedule.milestones" in settings:
-        check("schedule.milestones", max((0, *schedule.milestones)) < last, f"be below train.iterations ({last})",
-               list(schedule.milestones))  # fmt: skip
-    if "schedule.warmup" in settings:
-        check("schedule.warmup", schedule.warmup <= last, f"be at most train.iterations ({last})", schedule.warmup)
-    if "schedule.gamma" in settings:
-        check("schedule.gamma", bool(schedule.milestones), "be left out without schedule.milestones, where it acts",
-               schedule.gamma)  # fmt: skip
+    return Composed(recipe, preset, verified and not asked, (*notes, *_without_effect(asked, recipe)))
+
+
+def _without_effect(asked: Layer, recipe: Recipe) -> Iterable[str]:
+    """A note for each setting of the schedule that was asked for and comes to nothing in so many iterations."""
+    last, schedule, names = recipe.train.iterations, recipe.schedule, asked.get("schedule", {})
+    if "milestones" in names and (late := [m for m in schedule.milestones if m >= last]):
+        yield f"schedule.milestones {late} are not reached in {last} iterations"
+    if "warmup" in names and schedule.warmup > last:
+        yield f"schedule.warmup {schedule.warmup} does not end in {last} iterations"
+    if "gamma" in names and not schedule.milestones and schedule.gamma != ScheduleSection().gamma:
+        yield f"schedule.gamma {schedule.gamma:g} does nothing without schedule.milestones"
 
 
 def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

@@ -107,6 +107,7 @@ def prune_at_init(
     })  # fmt: skip
     composed = compose(model, dataset, preset=preset, config=config, settings=settings)
 
+    from fastlth.cli.show import console
     from fastlth.experiments.at_init import check
     from fastlth.running import prepare
 
@@ -118,6 +119,8 @@ def prune_at_init(
         raise RecipeError(f"prune.scope {settings['prune.scope']} and --scope layer contradict each other; leave out "
                           "prune.scope")  # fmt: skip
     check(composed.recipe, control, trials)
+    for note in composed.notes:
+        console().print(note, highlight=False, soft_wrap=True)
     path = prepare(composed.recipe, out=out, data_dir=data_dir)
     _run(path, control, None, trials, {}, data_dir, json)
 

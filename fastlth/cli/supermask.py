@@ -75,7 +75,8 @@ def supermask(
     })  # fmt: skip
     if asked.keys() & {"prune.alpha", "prune.formulas"}:  # options of a criterion: of this one
         asked.setdefault("prune.criterion", plan.criterion)
-    recipe = compose(model, dataset, preset=preset, settings=asked).recipe
+    composed = compose(model, dataset, preset=preset, settings=asked)
+    recipe = composed.recipe
     check(recipe, plan)
     if plan.criterion in SIGN_TESTS and method == "one-shot":
         check_looked_at(own, [name for name in LOOKED_AT if name != "prune.rate"], f"criterion {plan.criterion}")
@@ -87,6 +88,8 @@ def supermask(
     from fastlth.ui import StopGuard, TrialLines
 
     screen = console()
+    for note in composed.notes:
+        screen.print(note, highlight=False, soft_wrap=True)
     with StopGuard() as guard:
         document = find(recipe, plan, out=out, data_dir=data_dir, stopped=guard,
                         show=teller(screen, TrialLines(screen)))  # fmt: skip

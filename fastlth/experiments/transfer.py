@@ -22,7 +22,7 @@ from fastlth_kernels.philox import Key
 from torch import Tensor
 
 from fastlth.catalogue import dataset_name
-from fastlth.composition import adjust, check_asked
+from fastlth.composition import adjust
 from fastlth.data.sources import load_for
 from fastlth.errors import RecipeError
 from fastlth.experiments.settled import settled
@@ -107,9 +107,7 @@ def target(recipe: Recipe, dataset: str, settings: Mapping[str, Any]) -> Recipe:
     if optimizer != recipe.train.optimizer:
         changes |= OPTIMIZERS.get(str(optimizer), {})
     prune = dataclasses.replace(recipe.prune, rewind_to=0, early_bird=0.0)
-    changed = adjust(dataclasses.replace(recipe, prune=prune), {**changes, **settings})
-    check_asked(settings, changed)
-    return changed
+    return adjust(dataclasses.replace(recipe, prune=prune), {**changes, **settings})
 
 
 def _check_given(settings: Mapping[str, Any]) -> None:

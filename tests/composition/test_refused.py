@@ -90,12 +90,6 @@ def test_names_that_contradict_each_other_are_refused(settings, start):
      "train.betas must be left at (0.9, 0.999) with optimizer sgd, which has momentum, got (0.5, 0.9)"),
     ("lenet-300-100 digits", {"train.optimizer": "sgd", "train.eps": 0.1},
      "train.eps must be left at 1e-08 with optimizer sgd, which has momentum, got 0.1"),
-    ("lenet-300-100 digits", {"train.iterations": 60, "schedule.milestones": [5, 60]},
-     "schedule.milestones must be below train.iterations (60), got [5, 60]"),
-    ("lenet-300-100 digits", {"train.iterations": 60, "schedule.warmup": 61},
-     "schedule.warmup must be at most train.iterations (60), got 61"),
-    ("lenet-300-100 digits", {"schedule.gamma": 0.5},
-     "schedule.gamma must be left out without schedule.milestones, where it acts, got 0.5"),
 ])  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(pair, settings, says):
     assert refused(*pair.split(), settings=settings) == says

@@ -103,3 +103,15 @@ def test_epochs_and_iterations_make_the_same_name():
     one = compose("vgg19", "cifar-10", settings={"train.iterations": "2ep", "prune.rewind_to": "1ep"}).recipe
     other = compose("vgg19", "cifar-10", settings={"train.iterations": 1_406, "prune.rewind_to": "703it"}).recipe
     assert one.digest == other.digest
+
+
+@pytest.mark.parametrize(("settings", "notes"), [
+    ({"schedule.milestones": [5, 60, 70]}, ("schedule.milestones [60, 70] are not reached in 60 iterations",)),
+    ({"schedule.warmup": 61}, ("schedule.warmup 61 does not end in 60 iterations",)),
+    ({"schedule.gamma": 0.5}, ("schedule.gamma 0.5 does nothing without schedule.milestones",)),
+    ({"schedule.milestones": [59], "schedule.gamma": 0.5, "schedule.warmup": 60}, ()),
+    ({"schedule.milestones": [], "schedule.gamma": 0.1}, ()),
+])  # fmt: skip
+def test_what_comes_to_nothing_is_said(settings, notes):
+    """And taken: a run's own settings, shortened, must make a recipe."""
+    assert compose("lenet-300-100", "digits", settings={"train.iterations": 60, **settings}).notes == notes

@@ -1,5 +1,6 @@
 """The nets against the papers: counts, names, and a forward pass written out a second time."""
 
+import itertools
 from itertools import pairwise
 from pathlib import Path
 
@@ -327,8 +328,9 @@ def test_a_block_without_its_convolutions_is_the_input():
     assert torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("name", ["conv-2", "conv-4", "conv-6", "vgg16", "vgg19"])
+@pytest.mark.parametrize(("name", "batch_norm"), [
+    *itertools.product(["conv-2", "conv-4", "conv-6"], [False, True]), ("vgg16", False), ("vgg19", False),
+])  # fmt: skip
 def test_a_convolution_has_a_bias_exactly_where_no_batch_norm_follows(name, batch_norm):
     layers = list(skeleton(recipe(name, "cifar-10", batch_norm=batch_norm)).children())
     found = [(a.bias is None, isinstance(b, nn.BatchNorm2d)) for a, b in pairwise(layers) if isinstance(a, nn.Conv2d)]

@@ -176,8 +176,9 @@ class _Found:
         """What watches the mask that the round is heading for."""
         prune, epoch = self._recipe.prune, self._recipe.train.iterations_per_epoch(self._recipe.data.train_images)
 
-        def draw(trained: Mapping[str, Tensor]) -> Masks:
-            return self._pruned(masks, self.initial(start), trained)
+        def draw(iteration: int, trained: Mapping[str, Tensor]) -> Masks:
+            at_rewind_point = not self.results and iteration == prune.rewind_to  # theta_k is about to be copied
+            return self._pruned(masks, trained if at_rewind_point else self.initial(start), trained)
 
         return EarlyBird(prune.early_bird, epoch, masks, draw, not_before=prune.rewind_to)
 

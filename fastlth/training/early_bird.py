@@ -35,13 +35,14 @@ class MaskDrawn:
 
 
 class EarlyBird:
-    """Watches one round. ``draw`` gives the masks, nested in ``masks``, that pruning would make of weights.
+    """Watches one round. ``draw`` gives the masks, nested in ``masks``, that pruning would make of an iteration's
+    weights.
 
     ``every``: iterations per epoch. The round is not ended before iteration ``not_before``, its rewind point.
     """
 
     def __init__(
-        self, threshold: float, every: int, masks: Masks, draw: Callable[[Mapping[str, Tensor]], Masks],
+        self, threshold: float, every: int, masks: Masks, draw: Callable[[int, Mapping[str, Tensor]], Masks],
         *, not_before: int = 0,
     ) -> None:  # fmt: skip
         self.every = every
@@ -53,7 +54,7 @@ class EarlyBird:
 
     def look(self, iteration: int, weights: Mapping[str, Tensor]) -> MaskDrawn:
         """The mask of the epoch that ends here, against those before it. Raises DivergedError for NaN weights."""
-        new = self._draw(weights)
+        new = self._draw(iteration, weights)
         stays = torch.cat([new[name][mask] for name, mask in self._masks.items()])
         bits = np.packbits(stays.cpu().numpy())
         differ = np.bitwise_count(self._seen ^ bits).sum(1, dtype=np.int64)

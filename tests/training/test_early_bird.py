@@ -16,6 +16,7 @@ from fastlth.errors import RecipeError
 from fastlth.experiments.retrain import retrain
 from fastlth.experiments.transfer import target
 from fastlth.metrics import TIMING_FIELDS, record
+from fastlth.pruning import prune
 from fastlth.pruning.criteria import CRITERIA, Inputs
 from fastlth.recipe import WINDOW
 from fastlth.search import InRound, RoundFinished, find_tickets
@@ -27,7 +28,7 @@ from tests.helpers import compute, random_source, small_recipe
 def bird_of(drawn, masks, threshold=0.1, **options):
     """A bird that is shown these masks, one per epoch of ten iterations."""
     left = list(drawn)
-    return EarlyBird(threshold, 10, masks, lambda _: left.pop(0), **options)
+    return EarlyBird(threshold, 10, masks, lambda *_: left.pop(0), **options)
 
 
 def test_distances_by_their_definition():
@@ -142,6 +143,27 @@ def test_the_mask_drawn_at_the_last_iteration_is_the_one_that_pruning_makes(crit
         if isinstance(event, RoundFinished):
             made = np.concatenate([(at == 0).reshape(-1) for at in event.ticket.pruned_at.values()])
     assert (np.unpackbits(drawn, count=len(made)) == made).all()
+
+
+def test_a_look_at_the_rewind_point_takes_theta_k():
+    """Also where no evaluation falls there: no weight has moved since, so that the first ones of a layer go."""
+    recipe = bird_recipe(
+        prune__criterion="movement", prune__rewind_to=20, prune__rounds=0, prune__early_bird=1e-9, evaluate__every=45
+    )
+    for event in find_tickets(recipe, random_source("digits"), compute(recipe)):
+        if isinstance(event, InRound) and event.event == ChunkDone(20):
+            state = event.state()
+        if isinstance(event, RoundFinished):
+            theta_k, prunable = event.ticket.rewind, event.ticket.pruned_at
+    assert all((state.arrays[f"model/{n}"] == w).all() for n, w in theta_k.items())
+    masks = {n: torch.ones(at.shape, dtype=torch.bool) for n, at in prunable.items()}
+    weights = {n: torch.from_numpy(theta_k[n].copy()) for n in prunable}
+    made = prune(recipe.prune, masks, weights, weights, numbers={n: i for i, n in enumerate(weights)}, round=1,
+                 key=recipe.seeds.key("prune"), gradients=dict)  # fmt: skip
+    expected = torch.cat([m.reshape(-1) for m in made.values()])
+    assert not expected.all()
+    drawn = np.unpackbits(state.arrays["early_bird/masks"][-1], count=len(expected))
+    assert (drawn == expected.numpy()).all()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,13 +20,14 @@ from fastlth.catalogue import (
     DATASET_ALIASES,
     DATASETS,
     MODEL_ALIASES,
+    SIGN_TESTS,
     dataset_name,
     has_batch_norm,
     lenet_widths,
     model_name,
 )
 from fastlth.errors import RecipeError, unknown
-from fastlth.recipe import FACTS, SECTIONS, DataSection, Recipe, ScheduleSection, TrainSection
+from fastlth.recipe import FACTS, SECTIONS, DataSection, PruneSection, Recipe, ScheduleSection, TrainSection
 from fastlth.specs import is_own, spec_of
 
 Layer = dict[str, dict[str, Any]]
@@ -104,18 +105,25 @@ def compose(
     if "model.batch_norm" in (settings or {}) and has_batch_norm(recipe.model.name):
         raise RecipeError(f"model.batch_norm must be left out for {recipe.model.name}, which always has it, "
                           f"got {recipe.model.batch_norm!r}")  # fmt: skip
-    return Composed(recipe, preset, verified and not asked, (*notes, *_without_effect(asked, recipe)))
+    return Composed(recipe, preset, verified and not asked, (*notes, *without_effect(_names(asked), recipe)))
 
 
-def _without_effect(asked: Layer, recipe: Recipe) -> Iterable[str]:
-    """A note for each setting of the schedule that was asked for and comes to nothing in so many iterations."""
-    last, schedule, names = recipe.train.iterations, recipe.schedule, asked.get("schedule", {})
-    if "milestones" in names and (late := [m for m in schedule.milestones if m >= last]):
+def without_effect(asked: Container[str], recipe: Recipe) -> Iterator[str]:
+    """A note for each setting, ``section.field``, that was asked for and does nothing in this recipe: a milestone that
+    its iterations do not reach, the rate of a criterion that has none."""
+    last, schedule, prune = recipe.train.iterations, recipe.schedule, recipe.prune
+    if "prune.rate" in asked and prune.criterion in SIGN_TESTS and prune.rate != PruneSection().rate:
+        yield f"prune.rate {prune.rate:g} does nothing with criterion {prune.criterion}, which prunes by signs alone"
+    if "schedule.milestones" in asked and (late := [m for m in schedule.milestones if m >= last]):
         yield f"schedule.milestones {late} are not reached in {last} iterations"
-    if "warmup" in names and schedule.warmup > last:
+    if "schedule.warmup" in asked and schedule.warmup > last:
         yield f"schedule.warmup {schedule.warmup} does not end in {last} iterations"
-    if "gamma" in names and not schedule.milestones and schedule.gamma != ScheduleSection().gamma:
+    if "schedule.gamma" in asked and not schedule.milestones and schedule.gamma != ScheduleSection().gamma:
         yield f"schedule.gamma {schedule.gamma:g} does nothing without schedule.milestones"
+
+
+def _names(layer: Layer) -> set[str]:
+    return {f"{section}.{name}" for section, values in layer.items() for name in values}
 
 
 def adjust(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:

@@ -138,14 +138,14 @@ def _run(
     run: Path, control: Control, rounds: list[int] | str | None, trials: int | None, settings: dict[str, Any],
     data_dir: Path | None, json: bool,
 ) -> None:  # fmt: skip
-    from fastlth.cli.show import console, json_document
+    from fastlth.cli.show import console, json_document, teller
     from fastlth.experiments.branch import branch as train_branch
     from fastlth.ui import StopGuard, TrialLines, rounds_table
 
     screen = console()
     with StopGuard() as guard:
         found = train_branch(run, control, rounds=rounds, trials=trials, settings=settings, data_dir=data_dir,
-                             show=TrialLines(screen), stopped=guard)  # fmt: skip
+                             show=teller(screen, TrialLines(screen)), stopped=guard)  # fmt: skip
     screen.print(rounds_table(found.rounds, None, spread=any(r["trials"] > 1 for r in found.rounds)))
     screen.print(f"branch: {found.folder}", highlight=False, soft_wrap=True)
     if json:

@@ -55,6 +55,8 @@ def sweep(
     screen, found, place = console(), read(spec), Place(out.absolute(), data_dir and data_dir.absolute())
     scaled = Scaled(found.jobs, place, Wanted(on=on, address=address, cores=cores, gpus=gpus))
     document: dict[str, Any] = {"sweep": found.name, "out": str(out)}
+    for note in found.notes:
+        screen.print(note, highlight=False, soft_wrap=True, markup=False)
     if dry_run:
         document |= planned(scaled, screen, tasks=True)
     else:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from fastlth import toml
-from fastlth.composition import adjust
+from fastlth.composition import adjust, without_effect
 from fastlth.errors import RecipeError, TicketError
 from fastlth.experiments.at_init import check_images, masks_at_init, shares_at_init
 from fastlth.experiments.control import Control
@@ -91,6 +91,8 @@ def branch(
     folder, digest = bench.folder(control, recipe)
     work = _Work(bench, control, recipe, first, folder, digest)
     work.check(which)
+    for note in without_effect(settings or {}, recipe):
+        show(note)
     results = [work.train(k, t) for k in which for t in range(count)]
     return Branch(bench.path, folder, control, recipe, tuple(results))
 

@@ -22,7 +22,7 @@ from fastlth_kernels.philox import Key
 from torch import Tensor
 
 from fastlth.catalogue import dataset_name
-from fastlth.composition import adjust
+from fastlth.composition import adjust, without_effect
 from fastlth.data.sources import load_for
 from fastlth.errors import RecipeError
 from fastlth.experiments.settled import settled
@@ -66,6 +66,8 @@ def transfer(
     """
     round = winning_or_last(ticket.rounds) if round is None else round
     recipe = target(ticket.recipe, dataset, settings or {})
+    for note in without_effect(settings or {}, recipe):
+        show(note)
     start, fresh = random_start(ticket, recipe, round) if random_ticket else carried(ticket, recipe, round)
     for name, (before, now) in fresh.items():
         show(f"{name} is drawn fresh and kept whole: its weights are {now} for {recipe.data.name}, not {before}")

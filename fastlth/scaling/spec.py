@@ -30,7 +30,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from fastlth.composition import compose
+from fastlth.composition import Composed, compose
 from fastlth.errors import RecipeError, unknown
 from fastlth.experiments.control import Control
 from fastlth.experiments.figures.declare import Arm, Branched
@@ -49,6 +49,8 @@ class Sweep:
     """the file's, without .toml"""
     jobs: tuple[Job, ...]
     """one per combination and unbroken stretch of seeds; its label names what varies"""
+    notes: tuple[str, ...] = ()
+    """of each combination, what ``find-ticket`` says in its header"""
 
 
 def read(path: Path) -> Sweep:
@@ -67,9 +69,10 @@ def read(path: Path) -> Sweep:
             raise RecipeError(f"{path} has no {key}; write one, or a list of them")
     branches = [_branch(table) for table in _tables(spec.get("branch", []))]
     seeds = _seeds(spec.get("seeds", 1))
-    jobs = tuple(job for varied in _product(spec) for job in _jobs(varied, seeds, branches))
+    composed = [(varied.label, _composed(varied)) for varied in _product(spec)]
+    jobs = tuple(job for label, found in composed for job in _jobs(label, found.recipe, seeds, branches))
     _different(jobs)
-    return Sweep(path.stem, jobs)
+    return Sweep(path.stem, jobs, tuple(f"{label}: {note}" for label, found in composed for note in found.notes))
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,13 @@ def _product(spec: Mapping[str, Any]) -> Iterator[_Varied]:
         yield _Varied(values, label or "tickets")
 
 
-def _jobs(varied: _Varied, seeds: Sequence[int], branches: Sequence[Branched]) -> Iterator[Job]:
+def _composed(varied: _Varied) -> Composed:
     values = dict(varied.values)
     model, dataset, preset = values.pop("model"), values.pop("dataset"), values.pop("preset", None)
-    recipe = compose(model, dataset, preset=preset, settings=values).recipe
+    return compose(model, dataset, preset=preset, settings=values)
+
+
+def _jobs(label: str, recipe: Recipe, seeds: Sequence[int], branches: Sequence[Branched]) -> Iterator[Job]:
     for follow in branches:
         if beyond := [k for k in follow.rounds if not 1 <= k <= recipe.prune.rounds]:
             raise RecipeError(f"branch {follow.control.kind}: round {beyond[0]} is not a pruned round of these "
@@ -106,7 +112,7 @@ def _jobs(varied: _Varied, seeds: Sequence[int], branches: Sequence[Branched]) -
         if (images := follow.control.images or 0) > recipe.data.train_images:
             raise RecipeError(f"branch {follow.control.kind}: images must be at most the {recipe.data.train_images} "
                               f"training images, got {images}")  # fmt: skip
-    arm = Arm(label=varied.label, model=recipe.model.name, dataset=recipe.data.name, follow=tuple(branches))
+    arm = Arm(label=label, model=recipe.model.name, dataset=recipe.data.name, follow=tuple(branches))
     for first, count in _stretches(seeds):
         whole = dataclasses.replace(recipe, seeds=dataclasses.replace(recipe.seeds, base=first))
         yield Job(arm=arm, recipe=whole, replicates=count, follow=arm.follow, plan=None, ratio=Fraction(1))

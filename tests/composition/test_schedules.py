@@ -111,6 +111,10 @@ def test_epochs_and_iterations_make_the_same_name():
     ({"schedule.gamma": 0.5}, ("schedule.gamma 0.5 does nothing without schedule.milestones",)),
     ({"schedule.milestones": [59], "schedule.gamma": 0.5, "schedule.warmup": 60}, ()),
     ({"schedule.milestones": [], "schedule.gamma": 0.1}, ()),
+    ({"prune.criterion": "large_final_diff_sign_single", "prune.rate": 0.3},
+     ("prune.rate 0.3 does nothing with criterion large_final_diff_sign_single, which prunes by signs alone",)),
+    ({"prune.criterion": "large_final_diff_sign_single", "prune.rate": 0.2}, ()),  # as in a run's own recipe.toml
+    ({"prune.criterion": "large_final_same_sign", "prune.rate": 0.3}, ()),
 ])  # fmt: skip
 def test_what_comes_to_nothing_is_said(settings, notes):
     """And taken: a run's own settings, shortened, must make a recipe."""

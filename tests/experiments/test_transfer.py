@@ -76,6 +76,12 @@ def test_convolutions_are_carried_over_where_their_channels_fit(folders):
     assert not start.masks["conv2.weight"].all() and start.masks["conv1.weight"].all()
 
 
+def test_a_milestone_that_is_not_reached_is_said(ticket):
+    said, late = [], {"schedule.milestones": [99_999]}
+    transfer(ticket, "digits", round=2, settings=late, show=lambda w: said.append(w) if isinstance(w, str) else None)
+    assert said == [f"schedule.milestones [99999] are not reached in {ticket.recipe.train.iterations} iterations"]
+
+
 @pytest.fixture
 def five_classes(monkeypatch):
     """A data set like digits with five classes."""

@@ -220,9 +220,10 @@ def test_workers_end_when_their_scheduler_is_killed(tmp_path):
 
 def test_the_plan_and_bad_options(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_spec(tmp_path / "spec.toml", seeds=2)
+    write_spec(tmp_path / "spec.toml", seeds=2, schedule__milestones=[99_999])
     code, out, err = command("sweep", "spec.toml", "--dry-run", "--json", "--cores", 1)
     assert code == 0, err
+    assert err.startswith("tickets: schedule.milestones [99999] are not reached in ")
     plan = json.loads(out)
     assert plan["plan"]["trainings"] == 6 and plan["plan"]["tasks"] == len(plan["tasks"]) == 2
     assert plan["plan"]["seconds"] > 0 and plan["plan"]["bytes_written"] > plan["plan"]["bytes_kept"] > 100_000

@@ -25,6 +25,12 @@ def test_lists_multiply_and_a_setting_that_is_a_list_does_not(tmp_path):
     assert (follow.control.kind, follow.rounds, follow.trials) == ("random-reinit", (1,), 2)
 
 
+def test_what_comes_to_nothing_is_said_of_the_combination(tmp_path):
+    sweep = small_sweep(tmp_path, schedule__milestones=[[10], [10, 99_999]])
+    last = sweep.jobs[0].recipe.train.iterations
+    assert sweep.notes == (f"milestones [10, 99999]: schedule.milestones [99999] are not reached in {last} iterations",)
+
+
 def test_a_list_of_lists_multiplies(tmp_path):
     jobs = small_sweep(tmp_path, schedule__milestones=[[10], [10, 20]]).jobs
     assert [j.recipe.schedule.milestones for j in jobs] == [(10,), (10, 20)]

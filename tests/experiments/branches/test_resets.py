@@ -163,6 +163,16 @@ def test_what_begins_with_iteration_0_may_be_shorter_than_the_rewind_point(tmp_p
         branch(late, Control(kind="random-prune"), rounds=[1], settings=short)
 
 
+def test_a_milestone_that_is_not_reached_is_said(run):
+    """Fine-tuning goes on beyond the schedule's end, and its milestones with it."""
+    length = load_ticket(run / "search.ticket").recipe.train.iterations
+    said, after = [], {"schedule.milestones": [length]}
+    for kind in ("random-reinit", "finetune"):
+        branch(run, Control(kind=kind), rounds=[1], trials=1 if kind == "random-reinit" else None, settings=after,
+               show=lambda what: said.append(what) if isinstance(what, str) else None)  # fmt: skip
+    assert said == [f"schedule.milestones [{length}] are not reached in {length} iterations"]
+
+
 def test_masks_of_controls_are_analysed_and_a_collapse_is_said(run):
     """As in a search: a line per layer with counts and signs, a warning for a layer without weights."""
     seen = []

@@ -76,12 +76,8 @@ def supermask(
     if asked.keys() & {"prune.alpha", "prune.formulas"}:  # options of a criterion: of this one
         asked.setdefault("prune.criterion", plan.criterion)
     composed = compose(model, dataset, preset=preset, settings=asked)
-    recipe = composed.recipe
-    check(recipe, plan)
-    if plan.criterion in SIGN_TESTS and method == "one-shot":
-        check_looked_at(own, [name for name in LOOKED_AT if name != "prune.rate"], f"criterion {plan.criterion}")
-        check_factors(own, "a sign test asks for no rate")
-    check_looked_at(own, LOOKED_AT if method == "one-shot" else [], f"supermask --method {method}")
+    check(composed.recipe, plan)
+    _check_own(own, method, criterion)
 
     from fastlth.cli.show import console, json_document, teller
     from fastlth.experiments.supermasks.run import supermask as find
@@ -91,12 +87,20 @@ def supermask(
     for note in composed.notes:
         screen.print(note, highlight=False, soft_wrap=True)
     with StopGuard() as guard:
-        document = find(recipe, plan, out=out, data_dir=data_dir, stopped=guard,
+        document = find(composed.recipe, plan, out=out, data_dir=data_dir, stopped=guard,
                         show=teller(screen, TrialLines(screen)))  # fmt: skip
     for sentence in _sentences(document):
         screen.print(sentence, highlight=False, soft_wrap=True)
     if json:
         json_document(document)
+
+
+def _check_own(own: dict[str, Any], method: str, criterion: str) -> None:
+    """Raises RecipeError for settings of pruning that this way of finding masks does not look at."""
+    if criterion in SIGN_TESTS and method == "one-shot":
+        check_looked_at(own, [name for name in LOOKED_AT if name != "prune.rate"], f"criterion {criterion}")
+        check_factors(own, "a sign test asks for no rate")
+    check_looked_at(own, LOOKED_AT if method == "one-shot" else [], f"supermask --method {method}")
 
 
 def _sentences(document: dict[str, Any]) -> list[str]:

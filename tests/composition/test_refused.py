@@ -86,10 +86,6 @@ def test_names_that_contradict_each_other_are_refused(settings, start):
                                                     "got False"),
     ("lenet-300-100 digits", {"model.norm_init": "uniform"}, "model.norm_init must be left out for lenet-300-100, "
                                                              "which has no batch norm here, got 'uniform'"),
-    ("lenet-300-100 digits", {"train.optimizer": "sgd", "train.betas": [0.5, 0.9]},
-     "train.betas must be left at (0.9, 0.999) with optimizer sgd, which has momentum, got (0.5, 0.9)"),
-    ("lenet-300-100 digits", {"train.optimizer": "sgd", "train.eps": 0.1},
-     "train.eps must be left at 1e-08 with optimizer sgd, which has momentum, got 0.1"),
 ])  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(pair, settings, says):
     assert refused(*pair.split(), settings=settings) == says

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastlth import toml
-from fastlth.errors import DeviceError
+from fastlth.errors import DeviceError, RecipeError
 from fastlth.recipe import ComputeSection, Recipe
 from fastlth.store import atomic
 from fastlth.store.run import RECIPE, read_recipe
-from fastlth.training.available import device
+from fastlth.training import kept
+from fastlth.training.available import device, engine, loader
 from fastlth.training.engines.base import Engine
 from fastlth.training.resolve import resolve
 
@@ -35,11 +36,12 @@ def settled(
 
 
 def as_known(recipe: Recipe, make: Callable[[Recipe], Engine], known: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``known``, the ``resolved`` of a run or ticket, where it is whole and its device is there; else resolved now.
+    """``known``, the ``resolved`` of a run or ticket, where it is whole, its device is there and it can train
+    ``recipe``, whose data or dropout may not be those of the run; else resolved now.
 
     Raises DeviceError, RecipeError.
     """
-    if all(name in known for name in _NAMES) and _there(str(known["device"])):
+    if all(name in known for name in _NAMES) and _usable(dataclasses.replace(recipe, compute=compute_of(known))):
         return known
     return resolve(recipe, make).to_dict()
 
@@ -52,9 +54,13 @@ def compute_of(resolved: Mapping[str, Any]) -> ComputeSection:
 _NAMES = [f.name for f in dataclasses.fields(ComputeSection)]
 
 
-def _there(name: str) -> bool:
+def _usable(recipe: Recipe) -> bool:
+    """Whether everything that ``recipe.compute`` names is there and can train it."""
     try:
-        device(name)
-    except DeviceError:
+        device(recipe.compute.device)
+        engine(recipe)
+        loader(recipe.compute.loader, recipe)
+        kept.check(recipe)
+    except (DeviceError, RecipeError):
         return False
     return True

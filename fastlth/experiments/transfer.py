@@ -124,6 +124,9 @@ def _check_given(settings: Mapping[str, Any]) -> None:
 def carried(ticket: LoadedTicket, recipe: Recipe, round: int) -> tuple[Start, dict[str, tuple[str, str]]]:
     """The ticket of ``round`` in the recipe's net; layer -> (its weights' shape before, now) of those drawn fresh."""
     values, rewind = _fresh(recipe), ticket.rewind()
+    if other := sorted(values.keys() ^ rewind.keys()):
+        raise RecipeError(f"the net for {recipe.data.name} has other layers than the ticket's ({other[0]}) and cannot "
+                          "take it; let only shapes depend on the data")  # fmt: skip
     changed: dict[str, tuple[str, str]] = {}
     for name, value in values.items():
         if value.shape != rewind[name].shape:

@@ -82,6 +82,30 @@ def test_a_milestone_that_is_not_reached_is_said(ticket):
     assert said == [f"schedule.milestones [99999] are not reached in {ticket.recipe.train.iterations} iterations"]
 
 
+@pytest.mark.parametrize("change", [{"model.dropout": 0.5}, {"data.augment": "flip-crop"}])
+def test_an_engine_that_cannot_train_the_changed_recipe_is_not_taken_over(tmp_path, change):
+    """The sparse engine, which the search chose, has neither dropout nor augmentation."""
+    recipe = small_recipe(train__iterations=20, prune__rounds=1, compute__engine="auto")
+    [found] = running.run(recipe, out=tmp_path).replicates
+    ticket = load_ticket(found.ticket)
+    ticket.file.resolved.update(engine="sparse", break_even=1.0, channels_last="off")
+    same, other = (transfer(ticket, "digits", round=1, settings=s)["rounds"][0] for s in ({}, change))
+    assert (same["engine"], other["engine"]) == ("sparse", "dense")
+    assert same["early_stop_validation_loss"] != other["early_stop_validation_loss"]
+    asked = dataclasses.replace(ticket.recipe, compute=dataclasses.replace(ticket.recipe.compute, engine="sparse"))
+    with pytest.raises(RecipeError, match="--engine sparse cannot train this: "):
+        transfer(dataclasses.replace(ticket, file=dataclasses.replace(ticket.file, recipe=asked)), "digits", round=1,
+                 settings=change)  # fmt: skip
+
+
+def test_a_net_of_other_layers_cannot_take_the_ticket(ticket):
+    rewind = ticket.rewind()
+    file = dataclasses.replace(ticket.file, rewind={n: a for n, a in ticket.file.rewind.items() if "fc2" not in n})
+    assert len(file.rewind) < len(rewind)
+    with pytest.raises(RecipeError, match=r"has other layers than the ticket's \(fc2.bias\)"):
+        carried(dataclasses.replace(ticket, file=file), target(ticket.recipe, "mnist", {}), 2)
+
+
 @pytest.fixture
 def five_classes(monkeypatch):
     """A data set like digits with five classes."""

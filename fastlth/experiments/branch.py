@@ -34,6 +34,7 @@ from fastlth.store import atomic
 from fastlth.training.engines.base import Engine
 from fastlth.training.engines.make import make_engine, make_splits
 from fastlth.training.gradients import gradients
+from fastlth.training.schedule import lr_at
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,13 @@ def branch(
     """
     bench = Workbench(Path(run), data_dir, show, stopped)
     count = control.trials(trials)
-    recipe, first = _schedule(control, _changed(bench.recipe, settings or {}, control))
+    changed = _changed(bench.recipe, settings or {}, control)
+    recipe, first = _schedule(control, changed)
     which = _rounds(bench, control, rounds)
     folder, digest = bench.folder(control, recipe)
     work = _Work(bench, control, recipe, first, folder, digest)
     work.check(which)
-    for note in without_effect(settings or {}, recipe):
+    for note in without_effect(settings or {}, changed):
         show(note)
     results = [work.train(k, t) for k in which for t in range(count)]
     return Branch(bench.path, folder, control, recipe, tuple(results))
@@ -253,17 +255,28 @@ class _Work:
 def _schedule(control: Control, recipe: Recipe) -> tuple[Recipe, int]:
     """The recipe of the trainings, and the iteration at which one that keeps trained weights begins.
 
-    Fine-tuning goes on where training ended: the learning rate stays what it was, and so do the epochs' numbers.
+    Fine-tuning goes on where training ended: the learning rate stays what it was at the last step, also where the
+    schedule was to go on, and so do the epochs' numbers.
     A rewound schedule begins as many steps before its end as were asked for (Renda et al. 2020, section 2).
     """
     length = recipe.train.iterations
     steps = control.iterations or length
     if control.kind == "finetune":
-        train = dataclasses.replace(recipe.train, iterations=length + steps)
-        return dataclasses.replace(recipe, train=train), length
+        held = _held(recipe)
+        return dataclasses.replace(held, train=dataclasses.replace(held.train, iterations=length + steps)), length
     if steps > length:
         raise RecipeError(f"--iterations must be at most the schedule's {length}, got {steps}")
     return recipe, length - steps
+
+
+def _held(recipe: Recipe) -> Recipe:
+    """``recipe`` with a learning rate that stays, after the last iteration, what it was there."""
+    train, schedule, last = recipe.train, recipe.schedule, recipe.train.iterations - 1
+    if schedule.warmup > last:
+        train = dataclasses.replace(train, lr=lr_at(last, train.lr, schedule))
+        schedule = dataclasses.replace(schedule, warmup=0, milestones=())
+    reached = tuple(m for m in schedule.milestones if m <= last)
+    return dataclasses.replace(recipe, train=train, schedule=dataclasses.replace(schedule, milestones=reached))
 
 
 def _changed(recipe: Recipe, settings: Mapping[str, Any], control: Control) -> Recipe:

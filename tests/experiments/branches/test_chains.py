@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from fastlth import running
-from fastlth.experiments.branch import branch
+from fastlth.composition import adjust
+from fastlth.experiments.branch import branch, planned
 from fastlth.experiments.control import Control
 from fastlth.experiments.trial import Trial
 from fastlth.tickets import load_ticket
@@ -101,3 +102,19 @@ def test_criteria_that_look_at_initial_values_and_gradients(tmp_path, starts, cr
     found = running.run(recipe_of(prune__criterion=criterion, prune__rounds=1), out=tmp_path).replicates[0].path
     [(_, _, start)] = starts(found, Control(kind="lr-rewind"), rounds=[1])
     assert_same_masks(start.masks, load_ticket(found / "search.ticket").mask(1))
+
+
+@pytest.mark.parametrize(("settings", "rate"), [
+    ({"schedule.milestones": [20, 45]}, 0.1),
+    ({"schedule.milestones": [40]}, 1.0),
+    ({"schedule.milestones": [5], "schedule.warmup": 80}, 39 / 80),
+    ({"schedule.milestones": [], "schedule.warmup": 40}, 39 / 40),
+    ({"schedule.milestones": [39], "schedule.warmup": 39}, 0.1),
+])  # fmt: skip
+def test_finetuning_stays_at_the_last_learning_rate(settings, rate):
+    """Also where the schedule was to go on after the last iteration."""
+    search = adjust(recipe_of(), settings)
+    longer, first = planned(search, Control(kind="finetune", iterations=60))[0], search.train.iterations
+    assert (first, longer.train.iterations) == (40, 100)
+    (stays,) = {lr_at(i, longer.train.lr, longer.schedule) for i in range(first, 100)}
+    assert stays == lr_at(39, search.train.lr, search.schedule) == pytest.approx(rate * search.train.lr)

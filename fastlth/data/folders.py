@@ -36,7 +36,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as ever
 class Split:
     folder: Path
     files: tuple[tuple[str, int], ...]
-    """(path below ``folder``, bytes) of every image, sorted"""
+    """(path below ``folder``, bytes) of every image; any first part has all classes in their proportions"""
     classes: tuple[str, ...]
 
     @property
@@ -120,15 +120,16 @@ def _photos(split: Split, size: int, name: str, cache: Path) -> Photos:
 
 def _files(folder: Path) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    found: list[tuple[str, int]] = []
-    for name in classes:
+    found: list[tuple[float, int, tuple[str, int]]] = []
+    for number, name in enumerate(classes):
         mine = [(f"{name}/{below}", size) for below, size in _walk(folder / name)]
         if not mine:
             raise DataError(f"{folder / name} holds no image ({', '.join(ENDINGS)}); remove it, or put some there")
-        found += mine
+        found += [(i / len(mine), number, file) for i, file in enumerate(mine)]
     if len(classes) < 2:
         raise DataError(f"{folder} holds {len(classes)} folders of classes; it needs at least two")
-    return tuple(found), tuple(classes)
+    # the first images of a set, which may be all that is measured, are of every class
+    return tuple(file for _, _, file in sorted(found)), tuple(classes)
 
 
 def _walk(folder: Path, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -74,11 +74,12 @@ def test_a_folder_is_counted_before_anything_is_read(flowers: Path, cache: Path)
 def test_squares_are_the_middle_of_the_scaled_image(flowers: Path) -> None:
     source = load_for(recipe_of(flowers).data)
     assert source.train.pixels.shape == (21, 16, 16, 3) and source.test.pixels.shape == (9, 16, 16, 3)
-    assert source.train.labels.tolist() == [0] * 10 + [1] * 11
+    assert np.bincount(source.train.labels).tolist() == [10, 11]
     reddest = np.asarray(source.train.pixels).reshape(21, -1, 3).mean(1).argmax(1)
     assert (reddest == 2 * source.train.labels).all(), "every image has its label's colour"
     files = sorted((flowers / "train" / "rose").rglob("*.[pJ]*"), key=lambda p: p.relative_to(flowers).as_posix())
-    for place, file in enumerate(files):
+    roses = np.flatnonzero(source.train.labels == 0)
+    for place, file in zip(roses, files, strict=True):
         if file.suffix == ".png":  # JPEG may be decoded at a smaller scale
             image = Image.open(file)
             scale = 16 / min(image.size)
@@ -86,6 +87,13 @@ def test_squares_are_the_middle_of_the_scaled_image(flowers: Path) -> None:
             scaled = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
             top, left = (height - 16) // 2, (width - 16) // 2
             assert np.array_equal(source.train.pixels[place], scaled[top : top + 16, left : left + 16])
+
+
+def test_the_first_images_are_of_every_class(flowers: Path) -> None:
+    """They may be all that is measured (connectivity --train-images)."""
+    labels = load_for(recipe_of(flowers).data).train.labels
+    for count in range(1, 22):
+        assert abs(int(labels[:count].sum()) - count * 11 / 21) <= 1
 
 
 def test_a_moved_folder_is_the_same_set_and_a_changed_one_is_not(flowers: Path, tmp_path: Path) -> None:

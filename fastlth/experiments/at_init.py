@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from fastlth_kernels.philox import Key
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlth.data.normalise import normalise, table
 from fastlth.data.order import epoch_order
@@ -34,9 +34,12 @@ def check(recipe: Recipe, control: Control, trials: int | None) -> None:
 
 
 def check_images(recipe: Recipe, control: Control) -> None:
-    """Raises RecipeError for scores over more images than there are to train on."""
+    """Raises RecipeError for scores over more images than there are to train on, or over one with batch norm."""
     if control.method in ("snip", "grasp"):
-        _count(control, recipe, recipe.data.train_images)
+        normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in skeleton(recipe).modules())
+        if _count(control, recipe, recipe.data.train_images) == 1 and normed:
+            raise RecipeError("--images must be at least 2 for a net with batch norm, whose statistics are over them, "
+                              "got 1")  # fmt: skip
 
 
 def masks_at_init(

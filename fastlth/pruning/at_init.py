@@ -40,8 +40,8 @@ def snip(
 ) -> Scores:
     """|w dL/dw|, how much the loss reacts to removing a weight (Lee et al. 2019, equation 6).
 
-    images: normalised floats [N, C, H, W]; labels: int64 [N]. Batch norm sees ``PART`` images at a time. ``between`` is
-    called after each part and may raise.
+    images: normalised floats [N, C, H, W]; labels: int64 [N]. Batch norm sees at most ``PART`` images at a time.
+    ``between`` is called after each part and may raise.
     """
     net, weights = _double(model, names)
     slopes = _slopes(net, weights, _parts(images, labels), 1.0, between)
@@ -63,16 +63,22 @@ def grasp(
     curved = {n: torch.zeros_like(w) for n, w in weights.items()}
     for part in parts:  # H g is the sum over the parts' H, each times the whole g
         loss = _loss(net, *part, temperature, len(labels))
-        bent = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        bent = _grad(loss, weights, create_graph=True)
         product = torch.stack([(slopes[n] * g).sum() for n, g in zip(weights, bent, strict=True)]).sum()
-        for total, g in zip(curved.values(), torch.autograd.grad(product, list(weights.values())), strict=True):
+        for total, g in zip(curved.values(), _grad(product, weights), strict=True):
             total += g
         between()
     return {n: (w * curved[n]).detach() for n, w in weights.items()}
 
 
 def _parts(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch.split(images, PART), torch.split(labels, PART), strict=True))
+    parts = -(-len(labels) // PART)  # of nearly equal sizes, so that none is too small for batch norm
+    return list(zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True))
+
+
+def _grad(value: Tensor, weights: Mapping[str, Tensor], *, create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Zeros for a weight that the net does not use, as one's own net may have."""
+    return torch.autograd.grad(value, list(weights.values()), create_graph=create_graph, materialize_grads=True)
 
 
 def _loss(net: nn.Module, images: Tensor, labels: Tensor, temperature: float, count: int) -> Tensor:
@@ -88,7 +94,7 @@ def _slopes(
     total = {n: torch.zeros_like(w) for n, w in weights.items()}
     count = sum(len(labels) for _, labels in parts)
     for part in parts:
-        slopes = torch.autograd.grad(_loss(net, *part, temperature, count), list(weights.values()))
+        slopes = _grad(_loss(net, *part, temperature, count), weights)
         for name, slope in zip(weights, slopes, strict=True):
             total[name] += slope
         between()
@@ -114,7 +120,7 @@ def synflow(
     masks = {n: torch.ones_like(weights[n], dtype=torch.bool) for n in names}
     for step in range(1, steps + 1):
         total = net(torch.ones((1, *shape), dtype=torch.float64)).sum()
-        slopes = torch.autograd.grad(total, list(weights.values()))
+        slopes = _grad(total, weights)
         scores = {n: (w * g).detach() for (n, w), g in zip(weights.items(), slopes, strict=True)}
         for group, kept in budget:
             size = sum(weights[n].numel() for n in group)

@@ -35,6 +35,16 @@ def one_shot_rate(shapes: Shapes, prune: PruneSection, density: float | Fraction
 
     Raises RecipeError where no rate below 1 gets there.
     """
+    rate = _one_shot_rate(shapes, prune, density)
+    if rate >= 1:
+        raise RecipeError(f"density {float(density):g} cannot be reached in one step: by these factors of prune.scale "
+                          f"prune.rate would have to be {rate:.3g}, and must be below 1; ask for more, or change "
+                          "prune.scale")  # fmt: skip
+    return rate
+
+
+def _one_shot_rate(shapes: Shapes, prune: PruneSection, density: float | Fraction) -> float:
+    """As above, but 1 or more where all factors are so small."""
     gone = _removed(shapes, layer_rates(shapes, prune), density)
     factors = {n: rate / exact(prune.rate) for n, rate in layer_rates(shapes, prune).items()}
     sizes = {n: math.prod(shapes[n]) for n in factors}
@@ -67,7 +77,7 @@ def of_density(strategy: str, shapes: Shapes, prune: PruneSection, density: floa
     sizes = {n: math.prod(shapes[n]) for n in rates}
     if strategy != "layer":
         return of_total(strategy, {n: shapes[n] for n in rates}, sum(sizes.values()) - _removed(shapes, rates, density))
-    rate = exact(one_shot_rate(shapes, replace(prune, scope="layer"), density)) / exact(prune.rate)
+    rate = exact(_one_shot_rate(shapes, replace(prune, scope="layer"), density)) / exact(prune.rate)
     cut = groups({n: r * rate for n, r in rates.items()}, sizes, "layer")
     return [(names, sum(sizes[n] for n in names) - count) for names, count in cut]
 

@@ -52,6 +52,46 @@ def derivative(net, name, index, function, eps=1e-5):
     return (above - below) / (2 * eps)
 
 
+class Unused(nn.Module):
+    """With a layer that no output depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare, self.used = nn.Linear(5, 4), tiny()
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp"])
+def test_a_layer_that_the_net_does_not_use_scores_nothing(method):
+    torch.manual_seed(0)
+    net, names = Unused(), ["spare.weight", *(f"used.{n}" for n in NAMES)]
+    scores = getattr(at_init, method)(net, names, *batch())
+    alone = getattr(at_init, method)(net.used, NAMES, *batch())
+    assert not scores["spare.weight"].any()
+    assert all(torch.equal(scores[f"used.{n}"], alone[n]) for n in NAMES)
+
+
+def test_synflow_prunes_an_unused_layer_first():
+    torch.manual_seed(0)
+    names = ["spare.weight", *(f"used.{n}" for n in NAMES)]
+    masks = at_init.synflow(Unused(), [(names, 30)], (1, 1, 5), numbers={n: i for i, n in enumerate(names)}, key=(0, 0))
+    assert not masks["spare.weight"].any() and sum(int(m.sum()) for m in masks.values()) == 30
+
+
+def test_no_part_of_the_images_is_too_small_for_batch_norm():
+    """101 images are two parts of about as many, and not 100 and one."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    images, labels = batch(count=101)
+    scores = at_init.snip(net, ["1.weight"], images, labels)["1.weight"]
+    whole, weight = net.double().train(), net[1].weight
+    parts = [(images[:51], labels[:51]), (images[51:], labels[51:])]
+    loss = sum(F.cross_entropy(whole(x.double()), y, reduction="sum") for x, y in parts) / 101
+    (slope,) = torch.autograd.grad(loss, [weight])
+    torch.testing.assert_close(scores, (weight * slope).abs().detach())
+
+
 def test_snip_is_the_reaction_of_the_loss_to_scaling_a_weight():
     net = tiny()
     images, labels = batch()

@@ -110,6 +110,15 @@ def test_densities_out_of_reach_are_refused_whatever_their_rates_round_to():
                 budget.one_shot_rate(shapes, section, left / most)
 
 
+def test_factors_below_1_alone_leave_some_densities_out_of_reach():
+    section = PruneSection(rate=0.2, scale={"*": 0.5})
+    with pytest.raises(RecipeError, match=r"density 0\.1 cannot be reached in one step: .*have to be 1\.8, and must"):
+        budget.one_shot_rate(LENET, section, 0.1)
+    assert budget.one_shot_rate(LENET, section, 0.6) == pytest.approx(0.8, abs=1e-4)
+    kept = sum(count for _, count in budget.of_density("layer", LENET, section, 0.1))  # drawn, by no rate
+    assert kept == pytest.approx(WEIGHTS / 10, abs=3)
+
+
 @pytest.mark.parametrize("density", [0.0, 1.0, -1.0, float("nan"), 1.5])
 def test_densities_that_are_none_are_refused(density):
     with pytest.raises(RecipeError, match="must be below 1"):

@@ -6,10 +6,12 @@ import pytest
 
 from fastlth import running
 from fastlth.errors import RecipeError, TicketError
+from fastlth.experiments.at_init import check_images
 from fastlth.experiments.branch import branch
 from fastlth.experiments.control import Control
 from fastlth.experiments.trial import Trial
 from tests.experiments.branches.by_hand import recipe_of
+from tests.helpers import small_recipe
 
 CONTRADICTIONS = [
     ({"kind": "reinit"}, "did you mean 'random-reinit'"),
@@ -87,3 +89,15 @@ def test_scores_over_more_images_than_there_are_leave_nothing_behind(found):
     with pytest.raises(RecipeError, match="--images must be at most the 1373 training images, got 100000"):
         branch(found, control, rounds=[1])
     assert not (found / "branches").exists()
+
+
+def test_scores_over_one_image_with_batch_norm_are_refused():
+    for batch_norm in (False, True):
+        recipe = small_recipe("conv-2", model__batch_norm=batch_norm)
+        one, two = (Control(kind="prune-at-init", method="grasp", images=n) for n in (1, 2))
+        check_images(recipe, two)
+        if not batch_norm:
+            check_images(recipe, one)
+            continue
+        with pytest.raises(RecipeError, match="--images must be at least 2 for a net with batch norm"):
+            check_images(recipe, one)

@@ -73,9 +73,6 @@ class Plan:
                 raise RecipeError(f"--seeds must be in 0 to 2**32 - 1, got {seed}")
         if self.seeds[0] == self.seeds[1] and not self.different_init:
             raise RecipeError(f"--seeds {self.seeds[0]},{self.seeds[1]} makes two equal copies; give two that differ")
-        if self.different_init and self.at_iteration:
-            raise RecipeError(f"--at-iteration {self.at_iteration} and --from-init different contradict each other: "
-                              "two initialisations have no common theta_k; use --at-iteration 0")  # fmt: skip
 
 
 def connectivity(
@@ -265,6 +262,9 @@ def _check(ticket: LoadedTicket, plan: Plan, k: int, rounds: Sequence[int]) -> N
     last = ticket.recipe.train.iterations
     if not 0 <= k < last:
         raise RecipeError(f"--at-iteration must be in 0 to {last - 1}, before the end of training, got {k}")
+    if plan.different_init and k and plan.at_iteration is not None:
+        raise RecipeError(f"--at-iteration {plan.at_iteration} and --from-init different contradict each other: "
+                          "two initialisations have no common theta_k; use --at-iteration 0")  # fmt: skip
     if plan.different_init and k:
         raise RecipeError(f"--from-init different needs --at-iteration 0: this run rewinds to iteration {k}, "
                           "and two initialisations have no common theta_k")  # fmt: skip

@@ -299,6 +299,7 @@ BAD = {
     "no images": (dict(train_images=0), "at least 1, got 0"),
     "more images than there are": (dict(train_images=1374), "at most the 1,373 training images, got 1374"),
     "a late start of two initialisations": (dict(at_iteration=5, different_init=True), "no common theta_k"),
+    "a late start written so": (dict(at_iteration="5it", different_init=True), "--at-iteration 5it and --from-init d"),
     "no batch norm": (dict(batch_norm="recompute"), "lenet-300-100 has no batch norm whose running statistics"),
     "past the end": (dict(at_iteration=40), "in 0 to 39"),
     "the run's own initialisation": (dict(seeds=(1, 0), different_init=True), "must not be the run's own, 0"),
@@ -311,6 +312,12 @@ def test_contradictions_are_refused(found, name):
     with pytest.raises(RecipeError, match=says):
         connectivity(found, Plan(**options))
     assert not (found / "connectivity").exists()
+
+
+@pytest.mark.parametrize("start", [0, "0", "0it", "0ep"])
+def test_the_first_iteration_may_be_written_in_any_way(run, start):
+    document = connectivity(run, Plan(rounds=(0,), points=3, different_init=True, at_iteration=start))
+    assert (document["iteration"], document["from_init"]) == (0, "different")
 
 
 def test_what_a_run_does_not_have_is_refused(found, tmp_path):

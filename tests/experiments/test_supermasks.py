@@ -295,6 +295,33 @@ def test_one_shot_with_gradients_and_sign_tests():
     assert torch.equal(masks[1]["fc2.weight"], initial["fc2.weight"].sign() == final["fc2.weight"].sign())
 
 
+class Elsewhere:
+    """A gradient on another device than the weights."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def to(self, device):
+        assert device == torch.device("cpu")
+        return self.tensor
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grad"])
+def test_gradients_come_to_the_weights_device(criterion):
+    initial, final, gradient, masks = masks_of(criterion, powers=2)
+    plan = Plan(method="one-shot", criterion=criterion, powers=2)
+    far = {n: Elsewhere(g) for n, g in gradient.items()}
+    found = dict(one_shot_masks(recipe_of("one-shot").prune, plan, initial, final, NUMBERS, KEY, lambda: far))
+    for power, same in masks.items():
+        assert all(torch.equal(found[power][n], m) for n, m in same.items())
+
+
+def test_labels_tell_close_values_apart():
+    labels = [Plan(method="edge-popup", keep=k).label for k in (0.3, 0.3333333, 0.3333334)]
+    assert labels == ["edge-popup-keep0.3", "edge-popup-keep0.3333333", "edge-popup-keep0.3333334"]
+    assert Plan(method="learned", sigmoid_bias=2.0).label == "learned-sigmoid-bias2"
+
+
 def test_the_best_power_is_chosen_on_validation_images():
     rows = [{"power": p, "density": 0.8**p, "init": {"validation_accuracy": v, "test_accuracy": t}}
             for p, (v, t) in enumerate([(0.1, 0.2), (0.7, 0.6), (0.5, 0.9)])]  # fmt: skip

@@ -39,7 +39,8 @@ def one_shot_masks(
     always the layer.
     """
     rates = layer_rates(numbers, prune)
-    slopes = gradients() if plan.criterion in ("snip", "grad") else {}
+    found = gradients() if plan.criterion in ("snip", "grad") else {}  # on the engine's device
+    slopes = {n: slope.to(initial[n].device) for n, slope in found.items()}
     everything = {n: torch.ones(initial[n].shape, dtype=torch.bool) for n in rates}
     scores = {
         n: CRITERIA[plan.criterion](Inputs(

@@ -92,7 +92,8 @@ class Plan:
             elif value is True:
                 parts.append(name.replace("_", "-"))
             elif value != default:
-                parts.append(f"{name.replace('_', '-')}{value:g}")
+                short = f"{value:g}"
+                parts.append(f"{name.replace('_', '-')}{short if float(short) == value else repr(value)}")
         return "-".join(parts)
 
 

@@ -117,8 +117,6 @@ BAD = {
     "one seed": (2, ["connectivity", "r0", "--seeds", "1"], "two numbers such as 1,2, got '1'"),
     "equal seeds": (2, ["connectivity", "r0", "--seeds", "4,4"], "two that differ"),
     "unknown init": (2, ["connectivity", "r0", "--from-init", "other"], "same or different, got 'other'"),
-    "late and different": (
-        2, ["connectivity", "r0", "--from-init", "different", "--at-iteration", "9"], "contradict each other"),
     "no ticket": (4, ["transfer", "none.ticket", "digits"], "none.ticket"),
     "unknown method": (2, ["supermask", "lenet-300-100", "digits", "--method", "popup"], "edge-popup"),
     "another method's option": (
